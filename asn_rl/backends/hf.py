@@ -1,0 +1,334 @@
+"""Any transformers causal language model, frozen.
+
+Prompts of a batch share the computation of their common beginning (usually the system turn); the rest is prefilled
+once per distinct prompt, in chunks of similar length, left-padded with explicit positions. Only what is asked for
+acts on the distribution: the model's `generation_config` is used for its end-of-sequence ids and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from asn_rl.backends.embedded import resolve_model
+from asn_rl.backends.kv_cache import drop_rows, is_row_cache, row_cache
+from asn_rl.errors import BackendError, InvalidValue
+from asn_rl.types import Messages
+
+if TYPE_CHECKING:
+    from asn_rl.backends import BackendConfig
+
+_PREFILL_TOKENS = 2048  # padded positions a prefill chunk may hold
+_MIN_SHARED_PREFIX = 8  # shorter common beginnings are not worth a pass of their own
+_TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HFBackend:
+    """A frozen transformers causal LM as a source of next-token distributions.
+
+    Args:
+        model: the language model; moved to evaluation mode, its parameters frozen.
+        tokenizer: its tokenizer.
+        chat_template: render prompts through the tokenizer's chat template.
+        system_prompt: system turn for text prompts; None leaves the template's default.
+    """
+
+    # Matrix products round differently for different batch shapes.
+    batch_invariant = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: bool = True,
+        system_prompt: str | None = None,
+    ) -> None:
+        if chat_template and not tokenizer.chat_template:
+            raise BackendError(
+                f"the tokenizer of {model.name_or_path!r} has no chat template; set backend.chat_template=false "
+                "to use prompts as raw text"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.system_prompt = system_prompt
+        config = model.config.get_text_config()
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.hidden_size: int = config.hidden_size
+        self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.device = torch.device(model.device)
+        self.fingerprint = _fingerprint(model, tokenizer)
+        self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
+
+    @classmethod
+    def from_config(cls, config: BackendConfig) -> HFBackend:
+        """Load the model and tokenizer a configuration names."""
+        device = _checked_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        source = resolve_model(config.model)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise BackendError(
+                f"cannot load the base model {config.model!r}{offline}: {error}. Give a folder or hub id of a causal "
+                "language model, or the embedded name smollm2-135m-instruct"
+            ) from error
+        return cls(model.to(device), tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt)
+
+    def encode(self, content: str | Messages) -> list[int]:
+        if not self.chat_template:
+            if not isinstance(content, str):
+                raise InvalidValue("prompt", content, "text when backend.chat_template is false")
+            return list(self.tokenizer(content)["input_ids"])
+        messages = content
+        if isinstance(content, str):
+            messages = [{"role": "user", "content": content}]
+            if self.system_prompt is not None:
+                messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template writes the special tokens itself; adding them again would double a BOS.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> HFSession:
+        return HFSession(self, *self._prefill(prompt_ids, repeats), hidden=hidden)
+
+    @torch.inference_mode()
+    def score(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        ids = torch.tensor([[*prompt_ids, *completion_ids]], device=self.device)
+        with _CaptureHidden(self.model) as captured:
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(completion_ids) + 1).logits
+        states = captured.value[0, :-1].float().clone() if hidden else None
+        return logits[0, :-1].clone(), states
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) and hidden states (B, D) at the last column of `ids`."""
+        with _CaptureHidden(self.model) as captured:
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            )
+        return output.logits[:, -1], captured.value[:, -1]
+
+    def _prefill(
+        self, prompt_ids: Sequence[Sequence[int]], repeats: int
+    ) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
+        """Cache, attention mask (B, slots), logits (B, V) and hidden states (B, D) for every row.
+
+        Each distinct prompt is computed once; `owner` says which one a row repeats.
+        """
+        distinct = {tuple(ids): None for ids in prompt_ids}
+        index = {ids: i for i, ids in enumerate(distinct)}
+        owner = torch.tensor([index[tuple(ids)] for ids in prompt_ids], device=self.device).repeat_interleave(repeats)
+        cache = row_cache(self.model.config)
+        if not is_row_cache(cache):
+            mask, logits, hidden = self._prefill_chunk(list(distinct), max(map(len, distinct)), 0, cache)
+            cache.batch_select_indices(owner)
+            return cache, mask[owner], logits[owner], hidden[owner]
+
+        prefix = self._shared_prefix(list(distinct))
+        rests = [ids[len(prefix) :] for ids in distinct]
+        shape = (len(owner), len(prefix) + max(map(len, rests)))
+        mask = torch.zeros(shape, dtype=torch.long, device=self.device)
+        mask[:, : len(prefix)] = 1
+        if prefix:
+            everyone, begin = torch.arange(len(owner), device=self.device), slice(0, len(prefix))
+            _copy_into(cache, self._prefix_cache(prefix), torch.zeros_like(owner), everyone, begin, shape)
+        outputs: list[tuple[Tensor, Tensor]] = [(mask, mask)] * len(rests)
+        for chunk in _chunks_of_similar_length(rests):
+            width = len(rests[chunk[-1]])
+            part = self._expanded(prefix, len(chunk)) if prefix else row_cache(self.model.config)
+            part_mask, logits, hidden = self._prefill_chunk([rests[i] for i in chunk], width, len(prefix), part)
+            members = owner.unsqueeze(0) == torch.tensor(chunk, device=self.device).unsqueeze(1)
+            source, rows = members.nonzero().unbind(1)
+            columns = slice(shape[1] - width, shape[1])
+            _copy_into(cache, part, source, rows, columns, shape, start=len(prefix))
+            mask[rows, columns] = part_mask[source, len(prefix) :]
+            for i, output in zip(chunk, zip(logits, hidden, strict=True), strict=True):
+                outputs[i] = output
+        logits, hidden = (torch.stack(column) for column in zip(*outputs, strict=True))
+        return cache, mask, logits[owner], hidden[owner]
+
+    def _prefill_chunk(
+        self, rests: Sequence[Sequence[int]], width: int, offset: int, cache: DynamicCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One left-padded pass. The cache already holds `offset` shared positions."""
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rests], device=self.device)
+        lengths = torch.tensor([len(r) for r in rests], device=self.device)
+        real = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
+        mask = torch.cat([torch.ones(len(rests), offset, dtype=torch.bool, device=self.device), real], 1).long()
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, offset:]
+        logits, hidden = self.forward(ids, mask, positions, cache)
+        return mask, logits, hidden
+
+    def _shared_prefix(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        if len(prompt_ids) == 1:
+            return ()
+        low, high = min(map(tuple, prompt_ids)), max(map(tuple, prompt_ids))  # what these share, all share
+        common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        common = min(common, min(map(len, prompt_ids)) - 1)  # every prompt keeps a token of its own
+        return low[:common] if common >= _MIN_SHARED_PREFIX else ()
+
+    def _prefix_cache(self, prefix: tuple[int, ...]) -> DynamicCache:
+        if self._prefix is None or self._prefix[0] != prefix:
+            cache = row_cache(self.model.config)
+            self._prefill_chunk([prefix], len(prefix), 0, cache)
+            self._prefix = (prefix, cache)
+        return self._prefix[1]
+
+    def _expanded(self, prefix: tuple[int, ...], rows: int) -> DynamicCache:
+        """A cache whose rows all begin with `prefix`."""
+        cache, length = row_cache(self.model.config), len(prefix)
+        everyone = torch.arange(rows, device=self.device)
+        _copy_into(
+            cache, self._prefix_cache(prefix), torch.zeros_like(everyone), everyone, slice(0, length), (rows, length)
+        )
+        return cache
+
+
+class HFSession:
+    """Rows under way on an `HFBackend`; see `asn_rl.protocols.Session`."""
+
+    def __init__(
+        self,
+        backend: HFBackend,
+        cache: DynamicCache,
+        mask: Tensor,
+        logits: Tensor,
+        hidden_states: Tensor,
+        *,
+        hidden: bool,
+    ) -> None:
+        self.backend = backend
+        self.cache = cache
+        self.mask = mask
+        self.position = mask.sum(-1)
+        self.want_hidden = hidden
+        self.logits = logits
+        self.hidden = hidden_states.float() if hidden else None
+
+    @torch.inference_mode()
+    def drop(self, finished: Tensor) -> Tensor:
+        order = drop_rows(self.cache, finished)
+        self.mask, self.position, self.logits = self.mask[order], self.position[order], self.logits[order]
+        self.hidden = None if self.hidden is None else self.hidden[order]
+        return order
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> None:
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        self.logits, hidden = self.backend.forward(
+            tokens.unsqueeze(1), self.mask, self.position.unsqueeze(1), self.cache
+        )
+        self.hidden = hidden.float() if self.want_hidden else None
+        self.position = self.position + 1
+
+
+class _CaptureHidden:
+    """The input of the output embedding: the hidden state as the language-model head reads it, for any model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.head = model.get_output_embeddings()
+        self.value = torch.empty(0)
+
+    def __enter__(self) -> _CaptureHidden:
+        self.handle = self.head.register_forward_pre_hook(self._keep)
+        return self
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.value = inputs[0]
+
+    def __exit__(self, *exc: object) -> None:
+        self.handle.remove()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies bf16 matrices natively, else float32.
+
+    On a CPU without AMX or AVX512-BF16 a bf16 decoding step of SmolLM2-135M takes three times as long as fp32.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cpu":
+        return torch.bfloat16
+    features = torch.cpu.get_capabilities()
+    native = features.get("amx_bf16") or features.get("avx512_bf16") or features.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(
+            f"backend.device {name!r} cannot be used here: {error}. Use cpu, or install a torch for it"
+        ) from error
+    return device
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End-of-sequence ids of model and tokenizer, and the turn markers that chat models emit in their place."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ids = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
+    ids.discard(None)
+    if not ids:
+        raise BackendError(f"{model.name_or_path!r} declares no end-of-sequence token; set one in its tokenizer")
+    return frozenset(ids)
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the architecture and the vocabulary, independent of dtype, device and library versions."""
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
+    }
+    text = json.dumps([config, sorted(tokenizer.get_vocab().items())], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chunks_of_similar_length(rests: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices sorted by length, cut so that a padded chunk holds a bounded number of positions."""
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(rests)), key=lambda i: len(rests[i])):
+        if chunks and (len(chunks[-1]) + 1) * len(rests[i]) <= _PREFILL_TOKENS:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
+
+
+def _copy_into(
+    cache: DynamicCache,
+    part: DynamicCache,
+    source: Tensor,
+    rows: Tensor,
+    columns: slice,
+    shape: tuple[int, int],
+    *,
+    start: int = 0,
+) -> None:
+    """Copy slots `start` onwards of rows `source` of `part` into `rows` and `columns` of a cache of `shape`."""
+    for target, layer in zip(cache.layers, part.layers, strict=True):
+        keys, values = (store[source, :, start : layer.length] for store in layer.store)  # type: ignore[attr-defined]
+        target.fill(keys, values, rows, columns, shape)  # type: ignore[attr-defined]

@@ -1,0 +1,119 @@
+"""A key/value cache for decoding many rows that end at different times.
+
+transformers' dynamic layer concatenates the whole cache at every token and copies it again to drop a row; on a CPU
+that costs as much as the matrix products. Here storage grows in steps, tokens are written in place, and a row that
+ends is overwritten by the last active one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+_GROWTH = 64  # slots added at a time
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer: storage (rows, heads, slots, head_dim), of which a part is used."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store: tuple[Tensor, Tensor] | None = None
+        self.rows = 0
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.rows = key_states.shape[0]
+        self.store = (_slots(key_states, self.rows, _GROWTH), _slots(value_states, self.rows, _GROWTH))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        self._reserve(end)
+        for store, new in zip(self._stores(), (key_states, value_states), strict=True):
+            store[: self.rows, :, self.length : end] = new
+        self.length = end
+        keys, values = (store[: self.rows, :, :end] for store in self._stores())
+        return keys, values
+
+    def fill(self, keys: Tensor, values: Tensor, rows: Tensor, columns: slice, shape: tuple[int, int]) -> None:
+        """Write prefilled entries into some rows and columns of a cache of `shape` (rows, slots)."""
+        if self.store is None:
+            self.rows, self.length = shape
+            self.store = (_slots(keys, shape[0], shape[1] + _GROWTH), _slots(values, shape[0], shape[1] + _GROWTH))
+            self.is_initialized = True
+        for store, new in zip(self._stores(), (keys, values), strict=True):
+            store[rows, :, columns] = new
+
+    def move_rows(self, source: Tensor, target: Tensor, rows: int) -> None:
+        """Copy rows `source` over rows `target`, then keep the first `rows`."""
+        for store in self._stores():
+            store[target, :, : self.length] = store[source, :, : self.length]
+        self.rows = rows
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _stores(self) -> tuple[Tensor, Tensor]:
+        assert self.store is not None
+        return self.store
+
+    def _reserve(self, slots: int) -> None:
+        keys, values = self._stores()
+        if slots > keys.shape[2]:
+            grown = slots + _GROWTH
+            self.store = (_grow(keys, self.rows, self.length, grown), _grow(values, self.rows, self.length, grown))
+
+
+def _slots(like: Tensor, rows: int, slots: int) -> Tensor:
+    # Zeros, not empty memory: masked slots are multiplied by attention weight 0, and 0 * NaN is NaN.
+    return like.new_zeros(rows, like.shape[1], slots, like.shape[3])
+
+
+def _grow(store: Tensor, rows: int, length: int, slots: int) -> Tensor:
+    grown = _slots(store, rows, slots)
+    grown[:, :, :length] = store[:rows, :, :length]
+    return grown
+
+
+def row_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache of `RowLayer`s, or transformers' own where some layer is not plain full attention."""
+    cache = DynamicCache(config=config)
+    if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [RowLayer() for _ in cache.layers]
+        cache.layer_class_to_replicate = None
+    return cache
+
+
+def is_row_cache(cache: DynamicCache) -> bool:
+    return bool(cache.layers) and all(isinstance(layer, RowLayer) for layer in cache.layers)
+
+
+def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
+    """Remove finished rows (B,); returns the old indices of the remaining rows in their new order."""
+    order = torch.arange(len(finished), device=finished.device)
+    remaining = int((~finished).sum())
+    holes = finished[:remaining].nonzero().squeeze(-1)
+    movers = (~finished[remaining:]).nonzero().squeeze(-1) + remaining
+    order[holes] = movers
+    order = order[:remaining]
+    if is_row_cache(cache):
+        for layer in cache.layers:
+            layer.move_rows(movers, holes, remaining)  # type: ignore[attr-defined]
+    else:
+        cache.batch_select_indices(order)
+    return order

@@ -1,0 +1,238 @@
+"""Policies and training states on disk: JSON beside safetensors, never pickle.
+
+A policy folder holds `config.json` (class, constructor arguments, base model), `model.safetensors` and a model card.
+A training state additionally holds arbitrary nested dictionaries of tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from asn_rl.errors import CheckpointError
+from asn_rl.registry import load_attribute
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state.json"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What `config.json` of a policy folder says."""
+
+    policy: str
+    """class as "module:attribute" """
+    arguments: dict[str, Any]
+    """constructor arguments"""
+    base_model: str | None = None
+    """name of the base model it was trained on"""
+    fingerprint: str | None = None
+    """fingerprint of that base model"""
+    sketch: dict[str, int] | None = None
+    """sketch size it was trained on"""
+    format_version: int = FORMAT_VERSION
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of `target` when the block ends without an error.
+
+    An interrupted or failed write (a full disk) leaves the old `target` as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if target.exists():
+            old = scratch.with_name(scratch.name + "-old")
+            target.rename(old)
+            scratch.rename(target)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error}. Free some disk space; the previous copy is intact"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_policy(folder: Path, module: nn.Module, config: PolicyConfig, card: str) -> None:
+    """Write a policy into an existing folder. Any file system or serialisation error passes through as OSError."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    (folder / CONFIG).write_text(json.dumps(vars(config), indent=2, sort_keys=True) + "\n")
+    (folder / CARD).write_text(card)
+
+
+def save_policy(folder: str | Path, policy: Any, **metadata: Any) -> None:
+    """Save a policy (`policy.save_pretrained`) so that an interruption never leaves half a folder."""
+    with atomic_folder(Path(folder)) as scratch:
+        policy.save_pretrained(scratch, **metadata)
+
+
+def read_policy_config(folder: str | Path) -> PolicyConfig:
+    """`config.json` of a policy folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, or of a newer format.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        raw = json.loads(path.read_text())
+        config = PolicyConfig(**raw)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} holds no policy ({CONFIG} is missing); give a folder made by save_pretrained"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or use an older checkpoint") from error
+    if config.format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {config.format_version}, this library reads up to {FORMAT_VERSION}; "
+            "upgrade asn_rl"
+        )
+    return config
+
+
+def load_policy(folder: str | Path) -> nn.Module:
+    """The policy a folder holds, whatever its class. The class is imported by the name the folder gives."""
+    config = read_policy_config(folder)
+    module = load_attribute(config.policy)(**config.arguments)
+    load_weights(module, Path(folder))
+    return module
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Weights of a policy folder into a module of the same shape."""
+    tensors = _load_tensors(folder / WEIGHTS)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit {type(module).__name__}: {error}") from error
+
+
+def check_compatible(folder: str | Path, *, fingerprint: str, architecture: str | None = None) -> PolicyConfig:
+    """Refuse a policy of another base model, or (for a KL reference) of another architecture."""
+    config = read_policy_config(folder)
+    if config.fingerprint is not None and config.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"the policy in {folder} was trained on base model {config.base_model!r} (fingerprint "
+            f"{config.fingerprint}), this run uses one with fingerprint {fingerprint}; use the same base model, or train a new policy"
+        )
+    if architecture is not None and config.policy != architecture:
+        raise CheckpointError(
+            f"the policy in {folder} is a {config.policy}, expected {architecture}; a reference must have the "
+            "architecture of the policy it anchors"
+        )
+    return config
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested dictionary of tensors, numbers, strings and lists into an existing folder."""
+    tensors: dict[str, Tensor] = {}
+    plain = _strip_tensors(state, "", tensors)
+    try:
+        save_file(tensors, folder / "state.safetensors")
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    (folder / STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, "state": plain}))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        CheckpointError: missing or truncated.
+    """
+    try:
+        plain = json.loads((folder / STATE).read_text())["state"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the training state in {folder} is damaged or missing: {error}. Remove that checkpoint; the run then "
+            "resumes from the one before"
+        ) from error
+    return _put_tensors(plain, _load_tensors(folder / "state.safetensors"))
+
+
+_MARK = "__tensor__"
+
+
+def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_MARK: path}
+    if isinstance(value, Mapping):
+        # JSON keys are strings; optimisers key their state by integers.
+        return {"__items__": [[key, _strip_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_strip_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _MARK in value:
+            return tensors[value[_MARK]]
+        return {key: _put_tensors(item, tensors) for key, item in value["__items__"]}
+    if isinstance(value, list):
+        return [_put_tensors(item, tensors) for item in value]
+    return value
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or missing: {error}. Restore it, or use an older checkpoint"
+        ) from error
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder; unfinished writes have names that start with a dot."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def remove_old_checkpoints(run: Path, keep: int) -> None:
+    for folder in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(folder)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename durable where the platform allows it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rng_state() -> dict[str, Any]:
+    """Every global random state a run may draw from."""
+    return {"torch": torch.get_rng_state()}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])

@@ -1,0 +1,1 @@
+"""Pure tensor functions, one reference each. No configuration, no files, no models."""

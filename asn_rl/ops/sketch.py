@@ -1,0 +1,308 @@
+"""The sketch: a next-token distribution over V tokens, summarised exactly by N = head + tail points.
+
+A permutation-equivariant decoding policy treats tokens with equal numbers alike, so it can act on groups of
+tokens ("points") instead of on the vocabulary. With `v` the (head + 1)-th largest logit:
+
+- **head**: every token above `v`, one point each. Tied tokens share the point of the first of them.
+- **tail**: all other tokens, by octaves of probability below `v`: bin 0 holds `v` itself and the tokens with
+  `p > p_v / 2`, bin m those with `p_v / 2^(m+1) <= p < p_v / 2^m`; the last bin also takes everything below.
+
+A policy shifts the log-weight of each point. Inside a point the base model's proportions stay as they are, so
+probabilities, importance ratios, KL divergences and entropies over the vocabulary follow exactly from the points
+(DESIGN section 2). Points are ordered by descending probability of their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asn_rl.errors import InvalidLogits, InvalidValue
+
+# exp(-88) is subnormal in fp32: its exponent bits are zero, which marks "no probability" below.
+_FLOOR_NATS = -88.0
+# Rows worked on at once: about four temporaries of this many floats then stay inside the L2/L3 cache.
+_CHUNK_ELEMENTS = 1 << 19
+
+
+@dataclass(frozen=True)
+class SketchSize:
+    """How many points a sketch has."""
+
+    head: int = 64
+    """most probable tokens that are points of their own"""
+    tail: int = 32
+    """octaves of probability below the head, one point each; the last one takes everything below"""
+
+    def __post_init__(self) -> None:
+        if self.head < 1:
+            raise InvalidValue("sketch head", self.head, ">= 1", "64 is a good default")
+        if not 1 <= self.tail <= 120:
+            raise InvalidValue("sketch tail", self.tail, "in [1, 120]", "32 octaves reach 22 nats below the head")
+
+    @property
+    def points(self) -> int:
+        return self.head + self.tail
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Points of a next-token distribution; every tensor is fp32 of shape (..., N).
+
+    `log_mass` is the log of the summed base probability (-inf: the point is empty), `log_count` the log of the
+    number of tokens (0 where empty), `inner_entropy` the base model's entropy inside the point, in nats.
+    """
+
+    log_mass: Tensor
+    log_count: Tensor
+    inner_entropy: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(..., N) bool, True where the point holds tokens."""
+        return self.log_mass > -math.inf
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(..., N) log-probability of a typical token of the point: `log_mass - log_count`; -inf where empty."""
+        return self.log_mass - self.log_count
+
+    def index(self, rows: Tensor | slice | tuple) -> Sketch:
+        """The same sketch at some leading indices."""
+        return Sketch(self.log_mass[rows], self.log_count[rows], self.inner_entropy[rows])
+
+
+@dataclass(frozen=True)
+class PointMap:
+    """Which token lies in which point, for the logits a sketch was built from. Not stored with trajectories."""
+
+    head_ids: Tensor
+    """(..., K) int64 token ids by descending logit; meaningful where `head_slot` >= 0"""
+    head_slot: Tensor
+    """(..., K) int64 point of each head id (the first of its tie group), -1 where the id belongs to the tail"""
+    boundary: Tensor
+    """(..., 1) fp32 logit `v` at which the tail begins; -inf when there is no tail"""
+    log_normalizer: Tensor
+    """(..., 1) fp32 logsumexp of the logits"""
+    size: SketchSize
+
+    def index(self, rows: Tensor | slice | tuple) -> PointMap:
+        return PointMap(
+            self.head_ids[rows], self.head_slot[rows], self.boundary[rows], self.log_normalizer[rows], self.size
+        )
+
+
+def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
+    """Sketch next-token logits.
+
+    Args:
+        logits: (..., V) of any float type. `-inf` marks impossible tokens (masks, vocabulary padding); such
+            tokens count nowhere, nor do tokens more than 87 nats below `v`. Adding a constant changes nothing.
+        size: number of head and tail points.
+
+    Raises:
+        InvalidLogits: a row holds NaN or +inf, or no finite entry; or there is no row at all.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.numel() == 0:
+        raise InvalidLogits(f"logits of shape {tuple(logits.shape)} are empty; drop empty batches before sketching")
+    head, head_ids, boundary = _split_head(rows, size.head)
+    in_head = head > boundary
+    starts = torch.ones_like(in_head)
+    starts[:, 1:] = head[:, 1:] != head[:, :-1]
+    slots = torch.arange(size.head, device=head.device).expand_as(head)
+    first = torch.where(starts, slots, 0).cummax(-1).values
+    head_slot = torch.where(in_head, first, -1)
+    head_count = torch.zeros_like(head).scatter_add_(-1, first, in_head.to(head.dtype))
+
+    # The head is summed relative to the peak, the tail relative to v: exp(peak - v) may overflow.
+    peak = torch.maximum(head[:, :1], boundary)
+    tail_mass, tail_count, tail_entropy = _tail_sums(rows, head_ids, in_head, boundary, size.tail)
+    tail_offset = torch.where(boundary > -math.inf, boundary - peak, -math.inf)
+    total = torch.where(in_head, (head - peak).exp(), 0.0).sum(-1, keepdim=True)
+    total += tail_mass.sum(-1, keepdim=True) * tail_offset.exp()
+    log_total = total.log()
+
+    head_log_count = head_count.clamp_min(1.0).log()
+    head_log_mass = torch.where(head_count > 0, head - peak - log_total + head_log_count, -math.inf)
+    sketch = (
+        torch.cat([head_log_mass, tail_mass.log() + tail_offset - log_total], -1),
+        torch.cat([head_log_count, tail_count.clamp_min(1.0).log()], -1),
+        torch.cat([head_log_count, tail_entropy], -1),
+    )
+    points = (head_ids, head_slot, boundary, log_total + peak)
+    shape = logits.shape[:-1]
+    return (
+        Sketch(*(part.unflatten(0, shape) for part in sketch)),
+        PointMap(*(part.unflatten(0, shape) for part in points), size=size),
+    )
+
+
+def _split_head(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest logits in descending order, their ids, and the (k + 1)-th, `v`; missing ones are -inf."""
+    vocab = rows.shape[-1]
+    top, ids = torch.topk(rows, min(k + 1, vocab), dim=-1)  # NaN sorts as the largest
+    _check_finite_maximum(top[:, 0])
+    if vocab <= k:
+        top = torch.nn.functional.pad(top, (0, k + 1 - vocab), value=-math.inf)
+        ids = torch.nn.functional.pad(ids, (0, k + 1 - vocab))
+    return top[:, :k].float(), ids[:, :k], top[:, k:].float()
+
+
+def _tail_sums(
+    logits: Tensor, head_ids: Tensor, in_head: Tensor, boundary: Tensor, bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass relative to `v`, count and inner entropy (nats) of the tail bins; each (rows, bins)."""
+    count, vocab = logits.shape
+    chunk = min(count, max(1, _CHUNK_ELEMENTS // vocab))
+    work = _Workspace(chunk, vocab, logits.device)
+    one = torch.ones((), device=logits.device)
+    start = _tail_start(boundary)
+    sums = torch.zeros(3, count, 256, device=logits.device)
+    for low in range(0, count, chunk):
+        rows = slice(low, low + chunk)
+        weights, shift = work.weigh(logits[rows], start[rows])
+        weights.scatter_(-1, head_ids[rows], torch.where(in_head[rows], 0.0, weights.gather(-1, head_ids[rows])))
+        octave = work.octaves(weights)
+        sums[0, rows].scatter_add_(-1, octave, weights)
+        sums[1, rows].scatter_add_(-1, octave, one.expand_as(weights))
+        sums[2, rows].scatter_add_(-1, octave, shift.mul_(weights))
+    fold = _tail_bin(torch.arange(1, 128, device=logits.device), bins)  # octave 0, no probability, is left out
+    mass, tokens, weighted_shift = torch.zeros(3, count, bins, device=logits.device).index_add_(
+        2, fold, sums[..., 1:128]
+    )
+    safe_mass = torch.where(mass > 0, mass, 1.0)
+    entropy = (safe_mass.log() - weighted_shift / safe_mass).clamp_min(0.0)
+    return mass, tokens, torch.where(mass > 0, entropy, 0.0)
+
+
+class _Workspace:
+    """Vocabulary-sized temporaries, allocated once per call: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        self.shift = torch.empty(rows, vocab, device=device)
+        self.weights = torch.empty(rows, vocab, device=device)
+        self.octave32 = torch.empty(rows, vocab, dtype=torch.int32, device=device)
+        self.octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
+
+    def weigh(self, logits: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """`exp(logit - v)` and its argument, which is clamped so that impossible tokens give no NaN."""
+        rows = len(logits)
+        shift = torch.sub(logits, start, out=self.shift[:rows]).clamp_(min=_FLOOR_NATS)
+        return torch.exp(shift, out=self.weights[:rows]), shift
+
+    def octaves(self, weights: Tensor) -> Tensor:
+        """Raw octave of the weights: fp32 exponent bits. 127: [1, 2), 126: [1/2, 1), ..., 0: no probability."""
+        rows = len(weights)
+        bits = torch.bitwise_right_shift(weights.view(torch.int32), 23, out=self.octave32[:rows])
+        return self.octave[:rows].copy_(bits)
+
+
+def _tail_start(boundary: Tensor) -> Tensor:
+    """`v`, or +inf where there is no tail, so that every tail weight is nothing."""
+    return torch.where(boundary > -math.inf, boundary, math.inf)
+
+
+def _tail_bin(octave: Tensor, bins: int) -> Tensor:
+    """Raw octave of a tail token -> bin in [0, bins)."""
+    return (126 - octave).clamp(0, bins - 1)
+
+
+def token_points(logits: Tensor, points: PointMap) -> Tensor:
+    """(..., V) int64: the point of every token, -1 for impossible tokens."""
+    tail = _as_tail_point(logits.float(), points)
+    head = torch.full_like(tail, -1).scatter_reduce_(-1, points.head_ids, points.head_slot, "amax")
+    return torch.where(head >= 0, head, tail)
+
+
+def points_of(logits: Tensor, ids: Tensor, points: PointMap) -> Tensor:
+    """(..., n) int64: the point of each token id of `ids` (..., n), -1 for impossible tokens."""
+    tail = _as_tail_point(logits.gather(-1, ids).float(), points)
+    slot = points.head_slot.unsqueeze(-2)
+    hit = (ids.unsqueeze(-1) == points.head_ids.unsqueeze(-2)) & (slot >= 0)
+    head = torch.where(hit, slot, -1).amax(-1)
+    return torch.where(head >= 0, head, tail)
+
+
+def choose_tokens(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token inside each chosen point, in proportion to the base model.
+
+    Args:
+        logits: (B, V), the logits the point map was built from.
+        chosen: (B,) int64 non-empty points.
+        uniforms: (B,) float64 in [0, 1), one draw a row.
+
+    Returns:
+        (B,) int64 token ids. Only rows that chose a tail point touch the vocabulary.
+    """
+    head_point = chosen.clamp_max(points.size.head - 1).unsqueeze(-1)
+    members = points.head_slot == head_point
+    nth = (uniforms.unsqueeze(-1) * members.sum(-1, keepdim=True)).long()
+    tokens = points.head_ids.gather(-1, (members.int().argmax(-1, keepdim=True) + nth)).squeeze(-1)
+    in_tail = (chosen >= points.size.head).nonzero().squeeze(-1)
+    if len(in_tail):
+        tokens[in_tail] = _choose_in_tail(
+            logits[in_tail].float(), points.index(in_tail), chosen[in_tail], uniforms[in_tail]
+        )
+    return tokens
+
+
+def expand(logits: Tensor, points: PointMap, shift: Tensor) -> Tensor:
+    """Full log-weights (..., V) of a policy that shifts the points' log-weights by `shift` (..., N).
+
+    `log_softmax` of the result is the policy's distribution over the vocabulary. Impossible tokens stay -inf.
+    """
+    where = token_points(logits, points)
+    moved = logits.float() - points.log_normalizer + shift.gather(-1, where.clamp_min(0))
+    return torch.where(where >= 0, moved, -math.inf)
+
+
+def _tail_start(boundary: Tensor) -> Tensor:
+    """`v`, or +inf where there is no tail, so that every tail weight is nothing."""
+    return torch.where(boundary > -math.inf, boundary, math.inf)
+
+
+def _tail_bin(octave: Tensor, bins: int) -> Tensor:
+    """Raw octave of a tail token -> bin in [0, bins)."""
+    return (126 - octave).clamp(0, bins - 1)
+
+
+def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:
+    """Point of tail tokens with these logits, -1 for impossible ones; meaningless for head tokens."""
+    weights = (values - _tail_start(points.boundary)).clamp_(min=_FLOOR_NATS).exp()
+    octave = weights.view(torch.int32) >> 23
+    return torch.where(octave > 0, points.size.head + _tail_bin(octave, points.size.tail), -1).long()
+
+
+def _choose_in_tail(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:
+    members = token_points(logits, points) == chosen.unsqueeze(-1)
+    weights = torch.where(members, (logits - points.boundary).clamp_(min=_FLOOR_NATS).exp().double(), 0.0)
+    return invert_cdf(weights, uniforms)
+
+
+def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """(B,) index drawn from unnormalised `weights` (B, n) >= 0 by inverting their CDF at `uniforms` (B,) in [0, 1).
+
+    Entries of weight zero are never drawn, whatever the rounding.
+    """
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, uniforms.double().unsqueeze(-1) * total, right=True)
+    # u * total may round up to total; the last entry that adds weight is then meant.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(index, last).squeeze(-1)
+
+
+def _check_finite_maximum(peak: Tensor) -> None:
+    bad = ~torch.isfinite(peak)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        value = float(peak[row])
+        cause = {math.inf: "+inf", -math.inf: "no finite entry"}.get(value, "NaN")
+        raise InvalidLogits(
+            f"logits row {row} holds {cause}; a next-token distribution needs finite logits, -inf for banned tokens. "
+            "Check the model's dtype (float16 overflows) and that masks leave at least one token"
+        )

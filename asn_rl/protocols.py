@@ -1,0 +1,99 @@
+"""What a plug-in must provide: policies, backends and reward functions are known by these alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from asn_rl.types import Messages, Observation, PolicyOutput, Prompt, State
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Maps an observation to a distribution over points. Usually an `nn.Module` in fp32."""
+
+    needs: frozenset[str]
+    """optional observation entries it reads, a subset of `asn_rl.types.OPTIONAL_INPUTS`"""
+
+    def initial_state(self, batch_size: int, device: torch.device) -> State | None:
+        """State before the first token; None for a stateless policy."""
+        ...
+
+    def __call__(self, obs: Observation, state: State | None = None) -> PolicyOutput: ...
+
+
+class Session(Protocol):
+    """A batch of generations under way on a backend. Rows leave as they end."""
+
+    logits: Tensor
+    """(B, V) next-token logits of the active rows"""
+    hidden: Tensor | None
+    """(B, D) last hidden state of the active rows, or None when it was not asked for"""
+
+    def drop(self, finished: Tensor) -> Tensor:
+        """Remove rows where `finished` (B,) is True. Returns the (B',) old indices of the remaining rows, in their
+        new order, which need not be ascending."""
+        ...
+
+    def step(self, tokens: Tensor) -> None:
+        """Append one token (B,) to every active row and compute the next `logits`."""
+        ...
+
+
+class LogitsBackend(Protocol):
+    """Where next-token distributions come from: a frozen base model and its tokenizer."""
+
+    vocab_size: int
+    """length of a logits row, vocabulary padding included"""
+    max_context: int
+    """largest number of prompt and completion tokens together"""
+    eos_token_ids: frozenset[int]
+    hidden_size: int
+    device: torch.device
+    fingerprint: str
+    """hash of configuration and vocabulary: policies trained on one base model are refused on another"""
+    batch_invariant: bool
+    """True: a row's logits do not depend, bit for bit, on the other rows of its batch"""
+
+    def encode(self, content: str | Messages) -> list[int]:
+        """Prompt content to token ids, through the chat template where one is used."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Completion ids to text, special tokens left out."""
+        ...
+
+    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> Session:
+        """Prefill; row i * repeats + g is the g-th generation of prompt i."""
+        ...
+
+    def score(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher-forced logits (T, V) that predict each completion token, and hidden states (T, D) if asked for."""
+        ...
+
+
+class RewardFunction(Protocol):
+    """TRL's signature. `None` means not applicable: masked, never scored as a number.
+
+    `columns` holds the data set's columns as lists, and from our rollouts also `terminated` (list of bool). Prompts
+    and completions are strings, or message lists where the data set has message lists.
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]: ...
+
+
+class PromptSource(Protocol):
+    """Yields the prompts of one split."""
+
+    def __call__(self, split: str) -> list[Prompt]: ...

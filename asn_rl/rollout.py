@@ -1,0 +1,300 @@
+"""Policy x backend -> trajectories. Sketches are captured as the tokens are drawn.
+
+Every completion has a random stream of its own, keyed by (seed, prompt id, sample index): the draws do not depend on
+which other completions share its batch. On a backend that is `batch_invariant` neither do the completions; on
+others (transformers) the same call on the same machine repeats bit for bit, while another batch size may round a
+logit differently and, rarely, tip a draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asn_rl.errors import DataError, InvalidValue
+from asn_rl.ops.context import context_vector
+from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
+from asn_rl.protocols import LogitsBackend, Policy
+from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, State, Trajectories
+
+Probe = Callable[[Tensor, Sketch, PointMap], Tensor]
+"""(logits (B, V), sketch, point map) -> (B, ...): something to record at every token"""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are drawn."""
+
+    max_new_tokens: int = 28
+    """token budget of a completion, the end-of-sequence token included"""
+    head: int = 64
+    """most probable tokens that are sketch points of their own"""
+    tail: int = 32
+    """octaves of probability below the head, one sketch point each"""
+    max_batch: int = 256
+    """completions decoded at a time; memory and speed, not results, depend on it"""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidValue("max_new_tokens", self.max_new_tokens, ">= 1", "a completion needs at least one token")
+        if self.max_batch < 1:
+            raise InvalidValue("max_batch", self.max_batch, ">= 1")
+        SketchSize(self.head, self.tail)
+
+    @property
+    def size(self) -> SketchSize:
+        return SketchSize(self.head, self.tail)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    backend: LogitsBackend,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    *,
+    num_generations: int = 1,
+    seed: int = 0,
+    conditions: Tensor | None = None,
+    state: State | None = None,
+    probes: Mapping[str, Probe] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """Sample `num_generations` completions of every prompt; completions of a prompt are adjacent.
+
+    Args:
+        conditions: (len(prompts), n) what the policy is conditioned on, one row a prompt.
+        state: initial policy state for all completions, in place of `policy.initial_state`.
+        probes: tensors to record beside the observations, by name; they end up in `Trajectories.extras`.
+        on_token: called with the number of tokens drawn, after each step.
+
+    Raises:
+        DataError: no prompts, an empty prompt, or a prompt that leaves no room in the context.
+    """
+    if not prompts:
+        raise DataError("the prompt list is empty; check the data source and its split")
+    if num_generations < 1:
+        raise InvalidValue("num_generations", num_generations, ">= 1")
+    ids = [_checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
+    # Whole prompts to a batch, so that a prompt is prefilled once for all its completions.
+    per_batch = max(1, config.max_batch // num_generations)
+    parts = []
+    for low in range(0, len(prompts), per_batch):
+        part = slice(low, low + per_batch)
+        rows = slice(low * num_generations, (low + per_batch) * num_generations)
+        parts.append(
+            _rollout_batch(
+                policy,
+                backend,
+                prompts[part],
+                ids[part],
+                config,
+                num_generations,
+                seed,
+                None if conditions is None else conditions[part],
+                None if state is None else {name: value[rows] for name, value in state.items()},
+                probes or {},
+                on_token,
+            )
+        )
+    return concatenate(parts)
+
+
+def _rollout_batch(
+    policy: Policy,
+    backend: LogitsBackend,
+    prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
+    config: RolloutConfig,
+    repeats: int,
+    seed: int,
+    conditions: Tensor | None,
+    state: State | None,
+    probes: Mapping[str, Probe],
+    on_token: Callable[[int], None] | None,
+) -> Trajectories:
+    device, budget = backend.device, config.max_new_tokens
+    keys = [(prompt.id, g) for prompt in prompts for g in range(repeats)]
+    batch = len(keys)
+    uniforms = torch.from_numpy(np.stack([uniform_stream(seed, *key, budget) for key in keys])).to(device)
+    needs = checked_needs(policy)
+    session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}))
+    embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
+    condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
+    state = policy.initial_state(batch, device) if state is None else state
+    eos = torch.tensor(sorted(backend.eos_token_ids), device=device)
+
+    rows = torch.arange(batch, device=device)
+    last, total = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
+    record = _Record(batch)
+    for t in range(budget):
+        sketch, point_map = build_sketch(session.logits, config.size)
+        position = torch.full_like(last, t)
+        obs = Observation(
+            sketch,
+            context_vector(sketch, position, budget - position, last, total),
+            hidden=session.hidden if "hidden" in needs else None,
+            prompt_embedding=None if embedding is None else embedding[rows],
+            condition=None if condition is None else condition[rows],
+        )
+        output = policy(obs, state)
+        points = invert_cdf(output.logprobs.double().exp(), uniforms[rows, t, 0])
+        tokens = choose_tokens(session.logits, point_map, points, uniforms[rows, t, 1])
+        base = session.logits.gather(-1, tokens[:, None]).float() - point_map.log_normalizer
+        at_point = points[:, None]
+        logprobs = output.logprobs.gather(-1, at_point) + base - sketch.log_mass.gather(-1, at_point)
+        recorded = {name: probe(session.logits, sketch, point_map) for name, probe in probes.items()}
+        record.add(rows, t, obs, tokens, points, logprobs.squeeze(-1), base.squeeze(-1), recorded)
+        if on_token is not None:
+            on_token(len(rows))
+
+        finished = torch.isin(tokens, eos)
+        record.terminated[rows[finished].cpu()] = True
+        if finished.all() or t + 1 == budget:
+            break
+        state, last, total = output.state, -base.squeeze(-1), total - base.squeeze(-1)
+        if finished.any():
+            order = session.drop(finished)
+            rows, last, total, tokens = rows[order], last[order], total[order], tokens[order]
+            state = None if state is None else {name: value[order] for name, value in state.items()}
+        session.step(tokens)
+    everyone = [prompt for prompt in prompts for _ in range(repeats)]
+    return record.trajectories(backend, everyone, keys, ids, repeats, embedding, condition)
+
+
+class _Record:
+    """Per-step tensors of the active rows, put into completion order at the end."""
+
+    def __init__(self, batch: int) -> None:
+        self.terminated = torch.zeros(batch, dtype=torch.bool)
+        self.steps: list[dict[str, Tensor]] = []
+
+    def add(
+        self,
+        rows: Tensor,
+        t: int,
+        obs: Observation,
+        tokens: Tensor,
+        points: Tensor,
+        logprobs: Tensor,
+        base: Tensor,
+        extras: Mapping[str, Tensor],
+    ) -> None:
+        entry = {
+            "row": rows,
+            "time": torch.full_like(rows, t),
+            "token": tokens,
+            "points": points,
+            "logprobs": logprobs,
+            "base": base,
+            "log_mass": obs.sketch.log_mass,
+            "log_count": obs.sketch.log_count,
+            "inner_entropy": obs.sketch.inner_entropy,
+            "context": obs.context,
+            **{f"extra/{name}": value for name, value in extras.items()},
+        }
+        if obs.hidden is not None:
+            entry["hidden"] = obs.hidden
+        self.steps.append({name: value.cpu() for name, value in entry.items()})
+
+    def trajectories(
+        self,
+        backend: LogitsBackend,
+        prompts: Sequence[Prompt],
+        keys: Sequence[tuple[str, int]],
+        ids: Sequence[Sequence[int]],
+        repeats: int,
+        embedding: Tensor | None,
+        condition: Tensor | None,
+    ) -> Trajectories:
+        flat = {name: torch.cat([step[name] for step in self.steps]) for name in self.steps[0]}
+        order = torch.argsort(flat["row"] * (len(self.steps) + 1) + flat["time"])
+        flat = {name: value[order] for name, value in flat.items()}
+        lengths = torch.bincount(flat["row"], minlength=len(keys)).tolist()
+        completion_ids = [part.tolist() for part in flat["token"].split(lengths)]
+        return Trajectories(
+            prompts=prompts,
+            sample=[g for _, g in keys],
+            prompt_ids=[prompt for prompt in ids for _ in range(repeats)],
+            completion_ids=completion_ids,
+            completions=[backend.decode(part) for part in completion_ids],
+            terminated=self.terminated,
+            observations=Observation(
+                Sketch(flat["log_mass"], flat["log_count"], flat["inner_entropy"]),
+                flat["context"],
+                flat.get("hidden"),
+                None if embedding is None else embedding.cpu(),
+                None if condition is None else condition.cpu(),
+            ),
+            points=flat["points"],
+            logprobs=flat["logprobs"],
+            base_logprobs=flat["base"],
+            extras={name.removeprefix("extra/"): flat[name] for name in flat if name.startswith("extra/")},
+        )
+
+
+def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
+    """Trajectories of several batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(pick: Callable[[Trajectories], Tensor | None]) -> Tensor | None:
+        tensors = [tensor for part in parts if (tensor := pick(part)) is not None]
+        return torch.cat(tensors) if tensors else None
+
+    def must(pick: Callable[[Trajectories], Tensor]) -> Tensor:
+        return torch.cat([pick(part) for part in parts])
+
+    return Trajectories(
+        prompts=[p for part in parts for p in part.prompts],
+        sample=[g for part in parts for g in part.sample],
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        completion_ids=[ids for part in parts for ids in part.completion_ids],
+        completions=[text for part in parts for text in part.completions],
+        terminated=must(lambda part: part.terminated),
+        observations=Observation(
+            Sketch(
+                must(lambda part: part.observations.sketch.log_mass),
+                must(lambda part: part.observations.sketch.log_count),
+                must(lambda part: part.observations.sketch.inner_entropy),
+            ),
+            must(lambda part: part.observations.context),
+            join(lambda part: part.observations.hidden),
+            join(lambda part: part.observations.prompt_embedding),
+            join(lambda part: part.observations.condition),
+        ),
+        points=must(lambda part: part.points),
+        logprobs=must(lambda part: part.logprobs),
+        base_logprobs=must(lambda part: part.base_logprobs),
+        extras={name: must(lambda part, name=name: part.extras[name]) for name in parts[0].extras},
+    )
+
+
+def uniform_stream(seed: int, prompt_id: str, sample: int, length: int) -> np.ndarray:
+    """(length, 2) float64 draws in [0, 1) that belong to one completion: point and token for each step."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((length, 2))
+
+
+def checked_needs(policy: Policy) -> frozenset[str]:
+    unknown = set(policy.needs) - OPTIONAL_INPUTS
+    if unknown:
+        raise InvalidValue("policy.needs", sorted(policy.needs), f"a subset of {sorted(OPTIONAL_INPUTS)}")
+    return frozenset(policy.needs)
+
+
+def _checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    ids = backend.encode(prompt.content)
+    if not ids:
+        raise DataError(f"prompt {prompt.id!r} is empty; a completion needs at least one prompt token to follow")
+    if len(ids) + max_new_tokens > backend.max_context:
+        raise DataError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that exceeds the base "
+            f"model's context of {backend.max_context}. Shorten the prompt or lower max_new_tokens"
+        )
+    return ids

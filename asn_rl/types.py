@@ -1,0 +1,162 @@
+"""Frozen dataclasses that travel between the parts of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asn_rl.ops.sketch import Sketch
+
+Messages = list[dict[str, str]]
+State = dict[str, Tensor]
+"""What a stateful policy carries from step to step: tensors whose first axis is the batch."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a data set."""
+
+    id: str
+    """stable key, unique in its data set"""
+    content: str | Messages
+    """text (a user turn, or raw text when the backend's chat template is off), or chat messages"""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """the row's other columns, handed to reward functions by name"""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees before it chooses; leading axes `(...)` are free (batch, or batch and time).
+
+    Optional entries are captured only when the policy lists them in `needs`.
+    """
+
+    sketch: Sketch
+    context: Tensor
+    """(..., C) fp32; entries and units in `asn_rl.ops.context.CONTEXT`"""
+    hidden: Tensor | None = None
+    """(..., D) fp32 last hidden state of the base model (what its output embedding reads)"""
+    prompt_embedding: Tensor | None = None
+    """(..., D) fp32 hidden state at the last prompt token"""
+    condition: Tensor | None = None
+    """(..., n) fp32 one-hot or soft choice the policy is conditioned on"""
+
+    def index(self, rows: Tensor | slice) -> Observation:
+        """The same observation at some leading indices."""
+        return Observation(self.sketch.index(rows), *(_at(getattr(self, name), rows) for name in OBSERVATION_TENSORS))
+
+    def to(self, device: torch.device | str) -> Observation:
+        sketch = Sketch(*(getattr(self.sketch, f.name).to(device) for f in fields(Sketch)))
+        rest = (getattr(self, name) for name in OBSERVATION_TENSORS)
+        return Observation(sketch, *(None if part is None else part.to(device) for part in rest))
+
+
+OBSERVATION_TENSORS = ("context", "hidden", "prompt_embedding", "condition")
+OPTIONAL_INPUTS = frozenset(OBSERVATION_TENSORS[1:])
+
+
+def _at(tensor: Tensor | None, rows: Tensor | slice) -> Any:
+    return None if tensor is None else tensor[rows]
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """A policy's answer."""
+
+    logprobs: Tensor
+    """(..., N) normalised log-probabilities over points; -inf where a point is empty or cut"""
+    state: State | None = None
+    """state for the next step; None for a stateless policy"""
+    value: Tensor | None = None
+    """(...) estimate of the return, from policies that have a critic"""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Completions as they were sampled. B completions with S tokens in all, stored without padding.
+
+    Per-token tensors have a first axis of S, ordered by completion, then by time. Nothing here is recomputed:
+    `logprobs` are those of the distribution that was drawn from.
+    """
+
+    prompts: Sequence[Prompt]
+    """B prompts, one a completion (repeated within a group)"""
+    sample: Sequence[int]
+    """B indices of the completion within its group"""
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    completions: Sequence[str]
+    terminated: Tensor
+    """(B,) bool, True: ended by an end-of-sequence token; False: truncated by the token limit"""
+    observations: Observation
+    """per-token observations, except `prompt_embedding` and `condition`, which are (B, ...)"""
+    points: Tensor
+    """(S,) int64 chosen points"""
+    logprobs: Tensor
+    """(S,) fp32 behaviour log-probability of the chosen token under the policy, over the vocabulary"""
+    base_logprobs: Tensor
+    """(S,) fp32 log-probability of the chosen token under the base model"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """per-token tensors that a caller asked the rollout to record"""
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64 tokens per completion, the end-of-sequence token included."""
+        return torch.tensor([len(ids) for ids in self.completion_ids])
+
+    @property
+    def rows(self) -> Tensor:
+        """(S,) int64 index of each token's completion."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+
+    def per_token(self, which: Tensor | slice = slice(None)) -> Observation:
+        """Observations of some tokens, per-completion entries spread over their tokens."""
+        rows = self.rows[which]
+        obs = self.observations
+        return Observation(
+            obs.sketch.index(which),
+            obs.context[which],
+            _at(obs.hidden, which),
+            _at(obs.prompt_embedding, rows),
+            _at(obs.condition, rows),
+        )
+
+    def select(self, keep: Sequence[int]) -> Trajectories:
+        """Some completions, in the order given."""
+        index = torch.as_tensor(list(keep), dtype=torch.long)
+        lengths, starts = self.lengths, self.lengths.cumsum(0) - self.lengths
+        spans = [torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in index.tolist()]
+        tokens = torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+        obs = self.observations
+        picked = Observation(
+            obs.sketch.index(tokens),
+            obs.context[tokens],
+            _at(obs.hidden, tokens),
+            _at(obs.prompt_embedding, index),
+            _at(obs.condition, index),
+        )
+        rows = index.tolist()
+        return Trajectories(
+            prompts=[self.prompts[i] for i in rows],
+            sample=[self.sample[i] for i in rows],
+            prompt_ids=[self.prompt_ids[i] for i in rows],
+            completion_ids=[self.completion_ids[i] for i in rows],
+            completions=[self.completions[i] for i in rows],
+            terminated=self.terminated[index],
+            observations=picked,
+            points=self.points[tokens],
+            logprobs=self.logprobs[tokens],
+            base_logprobs=self.base_logprobs[tokens],
+            extras={name: part[tokens] for name, part in self.extras.items()},
+        )
+
+    def with_condition(self, condition: Tensor) -> Trajectories:
+        """The same trajectories, seen under a (B, n) condition."""
+        return replace(self, observations=replace(self.observations, condition=condition))

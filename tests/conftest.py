@@ -1,0 +1,43 @@
+"""Shared fixtures. One thread: torch's OpenMP threads spin, and on shared cores that slows a step fifty-fold."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.backends.hf import HFBackend
+from asn_rl.backends.toy import ToyBackend
+
+
+@pytest.fixture(scope="session")
+def smollm() -> HFBackend:
+    """The embedded SmolLM2-135M-Instruct in float32."""
+    backend = load_backend(BackendConfig(dtype="float32"))
+    assert isinstance(backend, HFBackend)
+    return backend
+
+
+@pytest.fixture(scope="session")
+def smollm_logits(smollm: HFBackend) -> torch.Tensor:
+    """(T, V) real next-token logits along two chat completions: confident and open positions."""
+    rows = []
+    for prompt, completion in (
+        ("What is 3 + 4?", "3 + 4 is equal to 7."),
+        ("Name an animal.", "The animal I'm referring to is the African elephant."),
+    ):
+        ids = smollm.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        rows.append(smollm.score(smollm.encode(prompt), ids)[0])
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def toy() -> ToyBackend:
+    return ToyBackend.random(vocab=32, seed=0)
