@@ -134,7 +134,8 @@ def check_compatible(folder: str | Path, *, fingerprint: str, architecture: str 
     if config.fingerprint is not None and config.fingerprint != fingerprint:
         raise CheckpointError(
             f"the policy in {folder} was trained on base model {config.base_model!r} (fingerprint "
-            f"{config.fingerprint}), this run uses one with fingerprint {fingerprint}; use the same base model, or train a new policy"
+            f"{config.fingerprint}), this run uses one with fingerprint {fingerprint}; use the same base model, or "
+            "train a new policy"
         )
     if architecture is not None and config.policy != architecture:
         raise CheckpointError(

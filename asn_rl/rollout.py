@@ -20,7 +20,7 @@ from asn_rl.errors import DataError, InvalidValue
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, State, Trajectories
+from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, Trajectories
 
 Probe = Callable[[Tensor, Sketch, PointMap], Tensor]
 """(logits (B, V), sketch, point map) -> (B, ...): something to record at every token"""
@@ -61,7 +61,6 @@ def rollout(
     num_generations: int = 1,
     seed: int = 0,
     conditions: Tensor | None = None,
-    state: State | None = None,
     probes: Mapping[str, Probe] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Trajectories:
@@ -69,7 +68,6 @@ def rollout(
 
     Args:
         conditions: (len(prompts), n) what the policy is conditioned on, one row a prompt.
-        state: initial policy state for all completions, in place of `policy.initial_state`.
         probes: tensors to record beside the observations, by name; they end up in `Trajectories.extras`.
         on_token: called with the number of tokens drawn, after each step.
 
@@ -80,13 +78,12 @@ def rollout(
         raise DataError("the prompt list is empty; check the data source and its split")
     if num_generations < 1:
         raise InvalidValue("num_generations", num_generations, ">= 1")
-    ids = [_checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
+    ids = [checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
     # Whole prompts to a batch, so that a prompt is prefilled once for all its completions.
     per_batch = max(1, config.max_batch // num_generations)
     parts = []
     for low in range(0, len(prompts), per_batch):
         part = slice(low, low + per_batch)
-        rows = slice(low * num_generations, (low + per_batch) * num_generations)
         parts.append(
             _rollout_batch(
                 policy,
@@ -97,7 +94,6 @@ def rollout(
                 num_generations,
                 seed,
                 None if conditions is None else conditions[part],
-                None if state is None else {name: value[rows] for name, value in state.items()},
                 probes or {},
                 on_token,
             )
@@ -114,7 +110,6 @@ def _rollout_batch(
     repeats: int,
     seed: int,
     conditions: Tensor | None,
-    state: State | None,
     probes: Mapping[str, Probe],
     on_token: Callable[[int], None] | None,
 ) -> Trajectories:
@@ -126,7 +121,7 @@ def _rollout_batch(
     session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}))
     embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
     condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
-    state = policy.initial_state(batch, device) if state is None else state
+    state = policy.initial_state(batch, device)
     eos = torch.tensor(sorted(backend.eos_token_ids), device=device)
 
     rows = torch.arange(batch, device=device)
@@ -288,7 +283,8 @@ def checked_needs(policy: Policy) -> frozenset[str]:
     return frozenset(policy.needs)
 
 
-def _checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:
+def checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    """Token ids of a prompt; `DataError` if it is empty or leaves no room for its completion."""
     ids = backend.encode(prompt.content)
     if not ids:
         raise DataError(f"prompt {prompt.id!r} is empty; a completion needs at least one prompt token to follow")

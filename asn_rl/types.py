@@ -157,6 +157,10 @@ class Trajectories:
             extras={name: part[tokens] for name, part in self.extras.items()},
         )
 
+    def with_logprobs(self, logprobs: Tensor) -> Trajectories:
+        """The same trajectories with (S,) behaviour log-probs that were recorded elsewhere."""
+        return replace(self, logprobs=logprobs)
+
     def with_condition(self, condition: Tensor) -> Trajectories:
         """The same trajectories, seen under a (B, n) condition."""
         return replace(self, observations=replace(self.observations, condition=condition))

@@ -5,7 +5,7 @@ tokens ("points") instead of on the vocabulary. With `v` the (head + 1)-th large
 
 - **head**: every token above `v`, one point each. Tied tokens share the point of the first of them.
 - **tail**: all other tokens, by octaves of probability below `v`: bin 0 holds `v` itself and the tokens with
-  `p > p_v / 2`, bin m those with `p_v / 2^(m+1) <= p < p_v / 2^m`; the last bin also takes everything below.
+  `p >= p_v / 2`, bin m those with `p_v / 2^(m+1) <= p < p_v / 2^m`; the last bin also takes everything below.
 
 A policy shifts the log-weight of each point. Inside a point the base model's proportions stay as they are, so
 probabilities, importance ratios, KL divergences and entropies over the vocabulary follow exactly from the points
@@ -106,9 +106,14 @@ def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
     Raises:
         InvalidLogits: a row holds NaN or +inf, or no finite entry; or there is no row at all.
     """
+    if logits.ndim == 0 or logits.numel() == 0:
+        raise InvalidLogits(
+            f"logits of shape {tuple(logits.shape)} are empty, need (..., V) with V >= 1; drop empty batches before "
+            "sketching"
+        )
     rows = logits.reshape(-1, logits.shape[-1])
-    if rows.numel() == 0:
-        raise InvalidLogits(f"logits of shape {tuple(logits.shape)} are empty; drop empty batches before sketching")
+    if rows.dtype == torch.float64:  # one rounding for all of this module, so that every token keeps its point
+        rows = rows.float()
     head, head_ids, boundary = _split_head(rows, size.head)
     in_head = head > boundary
     starts = torch.ones_like(in_head)
@@ -136,8 +141,8 @@ def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
     points = (head_ids, head_slot, boundary, log_total + peak)
     shape = logits.shape[:-1]
     return (
-        Sketch(*(part.unflatten(0, shape) for part in sketch)),
-        PointMap(*(part.unflatten(0, shape) for part in points), size=size),
+        Sketch(*(part.reshape(*shape, -1) for part in sketch)),
+        PointMap(*(part.reshape(*shape, -1) for part in points), size=size),
     )
 
 
@@ -161,22 +166,27 @@ def _tail_sums(
     work = _Workspace(chunk, vocab, logits.device)
     one = torch.ones((), device=logits.device)
     start = _tail_start(boundary)
-    sums = torch.zeros(3, count, 256, device=logits.device)
+    tokens = torch.zeros(count, 256, device=logits.device)
+    sums = torch.zeros(2, count, 256, dtype=torch.float64, device=logits.device)
     for low in range(0, count, chunk):
         rows = slice(low, low + chunk)
         weights, shift = work.weigh(logits[rows], start[rows])
         weights.scatter_(-1, head_ids[rows], torch.where(in_head[rows], 0.0, weights.gather(-1, head_ids[rows])))
         octave = work.octaves(weights)
-        sums[0, rows].scatter_add_(-1, octave, weights)
-        sums[1, rows].scatter_add_(-1, octave, one.expand_as(weights))
-        sums[2, rows].scatter_add_(-1, octave, shift.mul_(weights))
+        tokens[rows].scatter_add_(-1, octave, one.expand_as(weights))
+        # fp32 would lose 1e-3 of the mass when 100k equal weights are added one by one.
+        sums[0, rows].scatter_add_(-1, octave, work.double(weights))
+        sums[1, rows].scatter_add_(-1, octave, work.double(shift.mul_(weights)))
     fold = _tail_bin(torch.arange(1, 128, device=logits.device), bins)  # octave 0, no probability, is left out
-    mass, tokens, weighted_shift = torch.zeros(3, count, bins, device=logits.device).index_add_(
-        2, fold, sums[..., 1:128]
-    )
+    tokens = _folded(tokens, fold, bins)
+    mass, weighted_shift = _folded(sums, fold, bins)
     safe_mass = torch.where(mass > 0, mass, 1.0)
     entropy = (safe_mass.log() - weighted_shift / safe_mass).clamp_min(0.0)
-    return mass, tokens, torch.where(mass > 0, entropy, 0.0)
+    return mass.float(), tokens, torch.where(mass > 0, entropy, 0.0).float()
+
+
+def _folded(sums: Tensor, fold: Tensor, bins: int) -> Tensor:
+    return sums.new_zeros(*sums.shape[:-1], bins).index_add_(-1, fold, sums[..., 1:128])
 
 
 class _Workspace:
@@ -187,6 +197,7 @@ class _Workspace:
         self.weights = torch.empty(rows, vocab, device=device)
         self.octave32 = torch.empty(rows, vocab, dtype=torch.int32, device=device)
         self.octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
+        self.wide = torch.empty(rows, vocab, dtype=torch.float64, device=device)
 
     def weigh(self, logits: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """`exp(logit - v)` and its argument, which is clamped so that impossible tokens give no NaN."""
@@ -199,6 +210,9 @@ class _Workspace:
         rows = len(weights)
         bits = torch.bitwise_right_shift(weights.view(torch.int32), 23, out=self.octave32[:rows])
         return self.octave[:rows].copy_(bits)
+
+    def double(self, values: Tensor) -> Tensor:
+        return self.wide[: len(values)].copy_(values)
 
 
 def _tail_start(boundary: Tensor) -> Tensor:
@@ -258,16 +272,6 @@ def expand(logits: Tensor, points: PointMap, shift: Tensor) -> Tensor:
     where = token_points(logits, points)
     moved = logits.float() - points.log_normalizer + shift.gather(-1, where.clamp_min(0))
     return torch.where(where >= 0, moved, -math.inf)
-
-
-def _tail_start(boundary: Tensor) -> Tensor:
-    """`v`, or +inf where there is no tail, so that every tail weight is nothing."""
-    return torch.where(boundary > -math.inf, boundary, math.inf)
-
-
-def _tail_bin(octave: Tensor, bins: int) -> Tensor:
-    """Raw octave of a tail token -> bin in [0, bins)."""
-    return (126 - octave).clamp(0, bins - 1)
 
 
 def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:

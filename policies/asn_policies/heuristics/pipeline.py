@@ -12,28 +12,31 @@ import yaml
 
 from asn_policies.base import PolicyModule
 from asn_policies.heuristics.rules import RULES, Rule
-from asn_rl.errors import ConfigError, UnknownName
+from asn_rl.errors import ConfigError, InvalidValue, UnknownName
 from asn_rl.ops.logprobs import normalize
 from asn_rl.types import Observation, PolicyOutput, State
 
 
 def make_rule(step: Mapping[str, Any]) -> Rule:
     """`{"name": "top_p", "params": {"top_p": 0.9}}` -> a rule."""
-    unknown = set(step) - {"name", "params"}
-    if "name" not in step or unknown:
+    given = step if isinstance(step, Mapping) else {}
+    name, params = given.get("name"), given.get("params") or {}
+    if not isinstance(name, str) or not isinstance(params, Mapping) or set(given) - {"name", "params"}:
         known = ", ".join(sorted(RULES))
-        raise ConfigError(f"a pipeline step is {{name, params}}, got {dict(step)!r}; known names: {known}")
-    if step["name"] not in RULES:
-        raise UnknownName("heuristic", step["name"], RULES)
-    rule, params = RULES[step["name"]], dict(step.get("params") or {})
+        raise ConfigError(
+            f"a pipeline step is {{name, params}} with params a mapping, got {step!r}; known names: {known}"
+        )
+    if name not in RULES:
+        raise UnknownName("heuristic", name, RULES)
+    rule = RULES[name]
     fields = {field.name for field in dataclasses.fields(rule)}
-    for name in params:
-        if name not in fields:
-            raise UnknownName(f"parameter of heuristic {step['name']!r}", name, fields)
+    for parameter in params:
+        if parameter not in fields:
+            raise UnknownName(f"parameter of heuristic {name!r}", str(parameter), fields)
     try:
         return rule(**params)
     except TypeError as error:
-        raise ConfigError(f"heuristic {step['name']!r}: {error}; parameters: {', '.join(sorted(fields))}") from error
+        raise ConfigError(f"heuristic {name!r}: {error}; parameters: {', '.join(sorted(fields))}") from error
 
 
 class Pipeline(PolicyModule):
@@ -58,6 +61,8 @@ class Pipeline(PolicyModule):
         return state or None
 
     def forward(self, obs: Observation, state: State | None = None) -> PolicyOutput:
+        if state is None and any(rule.initial_state(1, obs.context.device) for rule in self.rules):
+            raise InvalidValue("state", None, "what initial_state() or the last step returned", "a rule here has state")
         logprobs, following = normalize(obs.sketch.log_mass), dict(state or {})
         for i, rule in enumerate(self.rules):
             prefix = f"{i}/"
@@ -84,11 +89,13 @@ def read_pipelines(path: str | Path) -> list[Pipeline]:
     """The `sampling_pipelines` of a YAML file: a list of `{name, weight, processors: [{name, params}]}`."""
     try:
         raw = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read pipelines from {path}: {error}") from error
     entries = raw.get("sampling_pipelines") if isinstance(raw, dict) else None
-    if not entries:
-        raise ConfigError(f"{path} holds no 'sampling_pipelines' list; write one with: asn-rl grid")
+    if not entries or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(
+            f"{path} holds no 'sampling_pipelines' list of {{name, processors}} entries; write one with: asn-rl grid"
+        )
     names = [entry.get("name") for entry in entries]
     twice = {name for name in names if names.count(name) > 1}
     if twice or None in names:

@@ -38,6 +38,10 @@ def _require(ok: bool, rule: str, name: str, value: object, allowed: str, advice
         raise InvalidValue(f"{rule}.{name}", value, allowed, advice)
 
 
+def _require_count(rule: str, name: str, value: object) -> None:
+    _require(isinstance(value, int) and value >= 1, rule, name, value, "an integer >= 1")
+
+
 @dataclass(frozen=True)
 class Greedy(Rule):
     """The most probable token; exact ties share it."""
@@ -50,7 +54,7 @@ class Greedy(Rule):
 
 @dataclass(frozen=True)
 class Temperature(Rule):
-    """p_i^(1/T), renormalised. In tail points the mean log-probability of the point stands for its tokens."""
+    """p_i^(1/T), renormalised. In tail points the mean probability of the point stands for that of each token."""
 
     temperature: float
     name: ClassVar[str] = "temperature"
@@ -91,7 +95,7 @@ class _Truncation(Rule):
     min_tokens_to_keep: int = 1
 
     def _check_min_tokens(self) -> None:
-        _require(self.min_tokens_to_keep >= 1, self.name, "min_tokens_to_keep", self.min_tokens_to_keep, ">= 1")
+        _require_count(self.name, "min_tokens_to_keep", self.min_tokens_to_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ class TopK(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(self.top_k >= 1, self.name, "top_k", self.top_k, ">= 1")
+        _require_count(self.name, "top_k", self.top_k)
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
         return _cut(logprobs, truncation.top_k(logprobs, obs.sketch.log_count, self.top_k, self.min_tokens_to_keep))
@@ -219,8 +223,8 @@ class Mirostat(Rule):
     """Feedback control of the observed surprise (Basu et al. 2021, arXiv:2007.14966, algorithms 1 and 2).
 
     `mu` starts at 2 tau; after every token mu -= eta * (surprise - tau), in bits, the surprise being that of the
-    base model. Version 1 keeps the k tokens given by a Zipf fit of the 100 most probable ones (those that are
-    points of their own), version 2 the tokens with a surprise below mu. Both keep at least the most probable token.
+    base model. Version 1 keeps the k tokens given by a Zipf fit of the 100 most probable ones (of the sketch's head,
+    if that is smaller), version 2 the tokens with a surprise below mu. Both keep at least the most probable token.
     """
 
     tau: float = 3.0
@@ -247,7 +251,8 @@ class Mirostat(Rule):
         if self.version == 2:
             keep = -tokens / math.log(2) < state["mu"].unsqueeze(-1)
         else:
-            k = truncation.zipf_top_k(logprobs, log_count, state["mu"])
+            tied = obs.sketch.inner_entropy >= log_count - 1e-5
+            k = truncation.zipf_top_k(logprobs, log_count, tied, state["mu"])
             counts = torch.where(logprobs > -math.inf, log_count.exp(), 0.0)
             keep = truncation.exclusive_cumsum(counts).round() < k.unsqueeze(-1)
         return _cut(logprobs, keep | truncation.top_k(logprobs, log_count, 1))

@@ -1,0 +1,1 @@
+"""Looking at what was learned: transfer curves, differences to a static rule, the report page."""

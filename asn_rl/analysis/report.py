@@ -1,0 +1,232 @@
+"""The report: one self-contained HTML page, and the comparison as a table on the terminal."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from asn_rl.analysis.transfer import Difference, TransferCurves, largest_differences, transfer_curves
+from asn_rl.data.store import load_trajectories
+from asn_rl.errors import ConfigError
+from asn_rl.job import Job, compare, distil, reinforce
+from asn_rl.metrics import read_metrics
+from asn_rl.runs import console
+from asn_rl.types import Trajectories
+
+_CURVES = (
+    ("reward/total", "mean reward"),
+    ("kl/exact", "KL to the older checkpoint, nats a token"),
+    ("policy/entropy", "policy entropy, nats a token"),
+    ("policy/truncated", "share cut off by the token limit"),
+)
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1,h2{line-height:1.2} table{border-collapse:collapse;margin:1rem 0;font-size:.92rem}
+td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+td:first-child,th:first-child,.text td,.text th{text-align:left} .note{color:#555}
+pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.85rem} svg{max-width:100%;height:auto}
+mark{background:#ffe08a}
+"""
+
+
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """The result in a sentence. A difference counts as an improvement only when its interval excludes zero."""
+    rl = _row(comparison, "rl")
+    gap, level = rl["difference"], round(100 * comparison["level"])
+    numbers = (
+        f"{rl['reward']['mean']:.3f} against {_row(comparison, comparison['best_static'])['reward']['mean']:.3f}, "
+        f"difference {gap['mean']:+.3f} with {level} % interval [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+    )
+    against = f"the best static rule of the grid ({comparison['best_static']})"
+    if gap["low"] > 0:
+        return f"The RL policy beats {against}: {numbers}."
+    if gap["high"] < 0:
+        return f"The RL policy is worse than {against}: {numbers}."
+    return f"No difference between the RL policy and {against} can be claimed: {numbers}."
+
+
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    """The comparison on the terminal."""
+    header, rows = _cells(comparison)
+    table = Table(title=f"{comparison['prompts']} held-out prompts, {comparison['samples']} completions each")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(comparison), highlight=False)
+
+
+def write_report(job: Job) -> Path:
+    """Write `report.html` for a finished job and return its path.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    comparison = compare(job)
+    policy = reinforce(job)
+    static = {arm.name: arm.policy for arm in job.arms}[comparison["best_static"]]
+    trajectories = load_trajectories(job.run / "comparison" / "rl")
+    learned = {"RL": policy, "distilled": distil(job), f"best static ({comparison['best_static']})": static}
+    curves = {
+        name: [
+            transfer_curves(arm, trajectories, title="confident", low=0.3, high=0.5),
+            transfer_curves(arm, trajectories, title="open", low=0.9, high=1.0),
+        ]
+        for name, arm in learned.items()
+    }
+    pieces = [[job.backend.decode([token]) for token in ids] for ids in trajectories.completion_ids]
+    differences = largest_differences(policy, static, trajectories, pieces)
+    page = _page(job, comparison, curves, differences, trajectories)
+    path = job.run / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _page(
+    job: Job,
+    comparison: Mapping[str, Any],
+    curves: Mapping[str, Sequence[TransferCurves]],
+    differences: Sequence[Difference],
+    trajectories: Trajectories,
+) -> str:
+    headroom = comparison["headroom"]
+    versus = comparison["rl_against_distilled"]
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>asn_rl report</title>",
+        f"<style>{_STYLE}</style><h1>Learning how to sample</h1>",
+        f"<p><strong>{html.escape(verdict(comparison))}</strong></p>",
+        _table(*_cells(comparison)),
+        f"<p class='note'>{comparison['prompts']} held-out prompts, {comparison['samples']} completions each, the same "
+        f"random draws for every arm. Strata weigh the same. Intervals: paired bootstrap over prompts, "
+        f"{round(100 * comparison['level'])} %. The best static rule was chosen on the selection split from "
+        f"{len(comparison['grid'])} declared rules: {html.escape(', '.join(comparison['grid']))}. GRPO against the "
+        f"distilled policy: {versus['mean']:+.3f} [{versus['low']:+.3f}, {versus['high']:+.3f}].</p>",
+        f"<p class='note'>Headroom on the training prompts (split halves): choosing the best rule of the grid for each "
+        f"prompt gives {headroom['oracle']:.3f}, the best single rule {headroom['static']:.3f}. A policy that chooses "
+        "token by token may exceed both.</p>",
+        "<h2>Learning curves</h2>",
+        _learning_curves(job.run),
+        "<h2>What the policy does to a token's log-probability</h2>",
+        "<p class='note'>Each line is one position of the RL policy's completions; a flat line leaves the base model "
+        "alone, a falling one sharpens it to the left, lines end where points are cut.</p>",
+        _transfer_figure(curves),
+        "<h2>Where it differs from the best static rule</h2>",
+        _differences_table(differences),
+        "<h2>Completions of the RL policy</h2>",
+        _completions_table(trajectories, comparison["samples"]),
+        "<h2>Reproduce</h2>",
+        f"<pre>{html.escape((job.run / 'command.txt').read_text())}</pre>",
+        f"<pre>{html.escape((job.run / 'config.yaml').read_text())}</pre></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    strata = list(comparison["rows"][0]["by_stratum"])
+    by_stratum = strata if len(strata) > 1 else []
+    header = ["arm", *by_stratum, "reward", "interval", "against best static", "distinct-3", "tokens", "truncated"]
+    rows = []
+    for row in comparison["rows"]:
+        name, gap = row["name"], row["difference"]
+        best = name == comparison["best_static"]
+        rows.append(
+            [
+                f"{name} (best static)" if best else name,
+                *(f"{row['by_stratum'][label]:.3f}" for label in by_stratum),
+                f"{row['reward']['mean']:.3f}",
+                f"[{row['reward']['low']:.3f}, {row['reward']['high']:.3f}]",
+                "" if best else f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
+                f"{row['distinct_3']:.2f}",
+                f"{row['tokens']:.1f}",
+                f"{row['truncated']:.0%}",
+            ]
+        )
+    return header, rows
+
+
+def _row(comparison: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(row for row in comparison["rows"] if row["name"] == name)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
+
+
+def _differences_table(differences: Sequence[Difference]) -> str:
+    rows = [
+        [
+            html.escape(d.prompt),
+            f"{html.escape(d.before)}<mark>{html.escape(d.token)}</mark>",
+            f"{d.kl:.2f}",
+            *(f"{value:.2f}" for value in d.entropy),
+        ]
+        for d in differences
+    ]
+    header = ["prompt", "completion, drawn token marked", "divergence", "base entropy", "RL", "static"]
+    return _table(header, rows, "text")
+
+
+def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8) -> str:
+    prompts = len(trajectories) // samples
+    rows = []
+    for group in range(min(groups, prompts)):
+        first = group * prompts // min(groups, prompts) * samples
+        texts = "<br>".join(html.escape(text) for text in trajectories.completions[first : first + 3])
+        content = trajectories.prompts[first].content
+        rows.append([html.escape(content if isinstance(content, str) else content[-1]["content"]), texts])
+    return _table(["prompt", "three of its completions"], rows, "text")
+
+
+def _learning_curves(run: Path) -> str:
+    distilled, grpo = read_metrics(run / "distill"), read_metrics(run)
+    figure, axes = _figure(1, 1 + len(_CURVES), 3.2)
+    axes[0].plot([r["step"] for r in distilled], [r["loss/distill_kl"] for r in distilled], label="training")
+    if distilled and "eval/distill_kl" in distilled[0]:
+        axes[0].plot([r["step"] for r in distilled], [r["eval/distill_kl"] for r in distilled], label="held out")
+    axes[0].set(title="distillation KL, nats a token", xlabel="epoch")
+    axes[0].legend()
+    for axis, (name, title) in zip(axes[1:], _CURVES, strict=True):
+        axis.plot([r["step"] for r in grpo], [r.get(name) for r in grpo], color="tab:orange")
+        axis.set(title=title, xlabel="GRPO step")
+    return _svg(figure)
+
+
+def _transfer_figure(curves: Mapping[str, Sequence[TransferCurves]]) -> str:
+    figure, axes = _figure(len(next(iter(curves.values()))), len(curves), 5.0)
+    for column, (name, kinds) in enumerate(curves.items()):
+        for row, kind in enumerate(kinds):
+            axis = axes[row * len(curves) + column]
+            for x, y in zip(kind.logprobs, kind.shifts, strict=True):
+                axis.plot(x, y, color="tab:blue", alpha=0.25, linewidth=0.8)
+            axis.axhline(0, color="black", linewidth=0.5)
+            axis.set(title=f"{name}: {kind.title}", xlabel="log p under the base model", ylabel="shift, nats")
+            axis.set_xlim(-14, 0)
+    return _svg(figure)
+
+
+def _figure(rows: int, columns: int, width: float) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("the report needs matplotlib; run: pip install 'asn_rl[report]'") from error
+    figure = Figure(figsize=(width * columns, 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    return figure, list(axes.flat)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,43 @@
+"""Prompts from local JSONL files: `prompt` (text or messages), optional `id` and `split`, any further columns."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from asn_rl.data.splits import SPLITS, split_slice
+from asn_rl.errors import DataError, UnknownName
+from asn_rl.runs import read_jsonl
+from asn_rl.types import Prompt
+
+
+def jsonl(split: str, *, path: str, seed: int = 0) -> list[Prompt]:
+    """Rows of a JSONL file, such as `{"prompt": "What is 2 + 2?", "answer": "4"}`.
+
+    Rows with a `split` column go where it says; a file without that column is divided at random by `seed`.
+
+    Raises:
+        DataError: a line that is not JSON, or a row without a usable `prompt`; the message names file and line.
+    """
+    if split not in SPLITS:
+        raise UnknownName("split", split, SPLITS)
+    rows = [(_prompt(row, number, path), row.get("split")) for number, row in read_jsonl(Path(path))]
+    marked = [mark is not None for _, mark in rows]
+    if any(marked) and not all(marked):
+        raise DataError(f"{path}: some rows have a 'split' and some do not; give all rows one, or none")
+    if all(marked):
+        return [prompt for prompt, mark in rows if mark == split]
+    prompts = [prompt for prompt, _ in rows]
+    random.Random(seed).shuffle(prompts)
+    return list(split_slice(prompts, split))
+
+
+def _prompt(row: dict[str, object], number: int, path: str) -> Prompt:
+    content = row.get("prompt")
+    is_messages = isinstance(content, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in content
+    )
+    if not content or not (isinstance(content, str) or is_messages):
+        raise DataError(f"{path}, line {number}: 'prompt' must be text or a list of {{role, content}}, got {content!r}")
+    columns = {key: value for key, value in row.items() if key not in {"prompt", "id", "split"}}
+    return Prompt(str(row.get("id", f"line-{number}")), content, columns)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Honest evaluation: comparison with static rules on held-out prompts, with intervals."""

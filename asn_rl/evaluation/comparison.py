@@ -1,0 +1,113 @@
+"""Policies and static rules on the same prompts, with the same draws, at the same token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from asn_rl.evaluation.statistics import Interval, bootstrap, stratified_mean
+from asn_rl.protocols import LogitsBackend, Policy
+from asn_rl.rewards.compose import RewardSuite
+from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.types import Prompt, Trajectories
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant."""
+
+    name: str
+    policy: Policy
+    deterministic: bool = False
+    """one completion a prompt is generated and counted as all of its samples (greedy decoding)"""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """How one arm did; arrays are (prompts, samples)."""
+
+    name: str
+    rewards: np.ndarray
+    """NaN: masked"""
+    tokens: np.ndarray
+    truncated: np.ndarray
+    distinct: np.ndarray
+    """(prompts,) share of the samples' word trigrams that occur once among them"""
+
+    def per_prompt(self) -> np.ndarray:
+        """(prompts,) mean reward."""
+        return np.nanmean(self.rewards, axis=1)
+
+
+def run_arm(
+    arm: Arm, backend: LogitsBackend, prompts: Sequence[Prompt], config: RolloutConfig, samples: int, seed: int
+) -> Trajectories:
+    """`samples` completions of every prompt under one arm. All arms share their random draws."""
+    if not arm.deterministic:
+        return rollout(arm.policy, backend, prompts, config, num_generations=samples, seed=seed)
+    once = rollout(arm.policy, backend, prompts, config, num_generations=1, seed=seed)
+    return once.select([i for i in range(len(prompts)) for _ in range(samples)])
+
+
+def judge(name: str, trajectories: Trajectories, rewards: RewardSuite, samples: int) -> ArmResult:
+    """Score the completions of one arm."""
+    result = rewards(
+        trajectories.prompts,
+        trajectories.completions,
+        trajectories.completion_ids,
+        terminated=trajectories.terminated.tolist(),
+    )
+    return ArmResult(
+        name=name,
+        rewards=result.total.numpy().reshape(-1, samples),
+        tokens=trajectories.lengths.numpy().reshape(-1, samples),
+        truncated=~trajectories.terminated.numpy().reshape(-1, samples),
+        distinct=np.array(
+            [distinct_n(trajectories.completions[i : i + samples]) for i in range(0, len(trajectories), samples)]
+        ),
+    )
+
+
+def distinct_n(texts: Sequence[str], n: int = 3) -> float:
+    """Distinct word n-grams over all n-grams of the texts (Li et al. 2016, arXiv:1510.03055); 0 without any."""
+    grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def best_static(results: Sequence[ArmResult], strata: Sequence[str]) -> str:
+    """Name of the arm with the highest mean, every stratum weighing the same."""
+    return max(results, key=lambda result: stratified_mean(result.per_prompt(), strata)).name
+
+
+def table(
+    results: Sequence[ArmResult], strata: Sequence[str], baseline: str, *, resamples: int, level: float, seed: int
+) -> list[dict[str, Any]]:
+    """One row an arm: mean rewards by stratum and overall, difference to `baseline` with its interval, diversity,
+    tokens and truncation."""
+    anchor = next(result for result in results if result.name == baseline).per_prompt()
+    return [
+        {
+            "name": result.name,
+            "reward": _as_dict(bootstrap(result.per_prompt(), strata, resamples=resamples, level=level, seed=seed)),
+            "difference": _as_dict(
+                bootstrap(result.per_prompt() - anchor, strata, resamples=resamples, level=level, seed=seed)
+            ),
+            "by_stratum": by_stratum(result.per_prompt(), strata),
+            "distinct_3": stratified_mean(result.distinct, strata),
+            "tokens": float(result.tokens.mean()),
+            "truncated": float(result.truncated.mean()),
+        }
+        for result in results
+    ]
+
+
+def by_stratum(values: np.ndarray, strata: Sequence[str]) -> Mapping[str, float]:
+    labels = np.asarray(strata)
+    return {label: float(values[labels == label].mean()) for label in sorted(set(strata))}
+
+
+def _as_dict(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}

@@ -1,0 +1,320 @@
+"""The main job, stage by stage in one run folder: label -> distil -> GRPO -> compare.
+
+Every stage leaves its result in the run folder and is skipped when that is there, so the same command continues after
+an interruption. Policies are known by name only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.checkpoint import check_compatible, load_policy, save_policy
+from asn_rl.data import DataConfig, load_prompts
+from asn_rl.data.store import load_trajectories, save_trajectories
+from asn_rl.errors import ConfigError, InvalidValue
+from asn_rl.evaluation.comparison import Arm, ArmResult, best_static, by_stratum, judge, run_arm, table
+from asn_rl.evaluation.statistics import split_half_oracle
+from asn_rl.metrics import MetricsLogger
+from asn_rl.protocols import LogitsBackend
+from asn_rl.registry import load_attribute
+from asn_rl.rewards.compose import RewardConfig, RewardSuite
+from asn_rl.rollout import RolloutConfig, concatenate
+from asn_rl.runs import console, open_run, progress, write_json
+from asn_rl.threads import set_threads
+from asn_rl.training.distill import DistillConfig, distill, sketch_targets
+from asn_rl.training.grpo import GRPOConfig, train
+from asn_rl.types import Prompt, Trajectories
+
+GREEDY, BASE = "greedy", "T=1"
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The policy to train."""
+
+    name: str = "asn_policies:OrderStatisticsNetwork"
+    """policy class as module:attribute"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """constructor arguments; hidden_size is filled in from the base model where the class takes it"""
+
+
+@dataclass(frozen=True)
+class HeuristicSpec:
+    """One static rule of the declared grid."""
+
+    name: str
+    """how tables and plots call it"""
+    processors: list[dict[str, Any]] = field(default_factory=list)
+    """steps {name, params}, in order; none: the base model"""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Which heuristic wins where."""
+
+    num_generations: int = 8
+    """completions of every prompt under every heuristic"""
+    shrinkage: float = 8.0
+    """samples that the mean of a prompt's stratum is worth when its best heuristic is chosen"""
+    seed: int = 1000
+    """keys the draws"""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison on held-out prompts."""
+
+    num_generations: int = 8
+    """completions of every prompt under every arm"""
+    stratify_by: str | None = None
+    """prompt column whose values weigh the same in every mean; null: all prompts weigh the same"""
+    resamples: int = 10_000
+    """bootstrap resamples of the prompts"""
+    level: float = 0.95
+    """coverage of the intervals"""
+    seed: int = 2000
+    """keys the draws"""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The whole job: distil from heuristics, improve by GRPO, compare on held-out prompts."""
+
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: tuple[RewardConfig, ...] = ()
+    """reward functions, {function, weight, ...}"""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicySpec = field(default_factory=PolicySpec)
+    pipeline: str = "asn_policies:Pipeline"
+    """class that makes a policy of a heuristic's processors"""
+    heuristics: tuple[HeuristicSpec, ...] = ()
+    """the declared grid of static rules"""
+    label: LabelConfig = field(default_factory=LabelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    threads: int | None = None
+    """threads for tensor operations; null: all cores"""
+
+    def __post_init__(self) -> None:
+        names = [heuristic.name for heuristic in self.heuristics]
+        if len(set(names)) != len(names):
+            raise InvalidValue("heuristics", names, "names that differ")
+        reserved = {"distilled", "rl"} & set(names)
+        if reserved:
+            raise InvalidValue("heuristics", sorted(reserved), "names other than those of the learned policies")
+        if not self.rewards:
+            raise ConfigError("rewards is empty; give at least one, for example [{function: numeric_answer}]")
+
+
+class Job:
+    """A configuration, its run folder, and what the stages share. Nothing heavy is loaded before it is used."""
+
+    def __init__(self, config: JobConfig, run: str | Path) -> None:
+        self.config = config
+        self.run = open_run(run, config)
+        self.threads = set_threads(config.threads)
+
+    @cached_property
+    def backend(self) -> LogitsBackend:
+        with console.status(f"loading {self.config.backend.model}"):
+            return load_backend(self.config.backend)
+
+    @cached_property
+    def rewards(self) -> RewardSuite:
+        return RewardSuite(self.config.rewards)
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        pipeline = load_attribute(self.config.pipeline)
+        return [
+            Arm(spec.name, pipeline(spec.processors), deterministic=[s["name"] for s in spec.processors] == [GREEDY])
+            for spec in self.config.heuristics
+        ]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return load_prompts(self.config.data, split)
+
+    def strata(self, prompts: Sequence[Prompt]) -> list[str]:
+        column = self.config.compare.stratify_by
+        return [str(prompt.columns[column]) if column else "all" for prompt in prompts]
+
+    def new_policy(self) -> nn.Module:
+        spec = self.config.policy
+        cls, arguments = load_attribute(spec.name), dict(spec.arguments)
+        if "hidden_size" in inspect.signature(cls.__init__).parameters and arguments.get("inputs"):
+            arguments.setdefault("hidden_size", self.backend.hidden_size)
+        return cls(**arguments)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What saved policies say about where they come from."""
+        return {
+            "base_model": self.config.backend.model,
+            "fingerprint": self.backend.fingerprint,
+            "sketch": {"head": self.config.rollout.head, "tail": self.config.rollout.tail},
+        }
+
+
+def label(job: Job) -> dict[str, Any]:
+    """Run every heuristic on the train and selection prompts; choose a winner for each training prompt and the best
+    static rule on the selection split. Writes `labels.json`."""
+    path = job.run / "labels.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    config = job.config.label
+    if not job.arms:
+        raise ConfigError("heuristics is empty; declare a grid of static rules to distil from and compare with")
+    results: dict[str, list[ArmResult]] = {}
+    with progress("label", 2 * len(job.arms)) as advance:
+        for split in ("selection", "train"):
+            results[split] = []
+            for arm in job.arms:
+                trajectories = _stored_rollout(job, arm, split)
+                results[split].append(judge(arm.name, trajectories, job.rewards, config.num_generations))
+                advance(1, f"{arm.name} on {split}")
+    strata = {split: job.strata(job.prompts(split)) for split in results}
+    rewards = np.stack([result.rewards for result in results["train"]])
+    oracle, static = split_half_oracle(rewards, strata["train"])
+    labels = {
+        "best_static": best_static(results["selection"], strata["selection"]),
+        "selection": {r.name: dict(by_stratum(r.per_prompt(), strata["selection"])) for r in results["selection"]},
+        "choices": _choose(results["train"], strata["train"], config),
+        "headroom": {"oracle": oracle, "static": static},
+    }
+    write_json(path, labels)
+    return labels
+
+
+def _choose(results: Sequence[ArmResult], strata: Sequence[str], config: LabelConfig) -> list[str]:
+    """The heuristic with the best mean reward for each prompt, shrunk towards the mean of the prompt's stratum."""
+    means = np.stack([result.per_prompt() for result in results])  # (arms, prompts)
+    labels = np.asarray(strata)
+    prior = np.stack([means[:, labels == stratum].mean(1) for stratum in strata], 1)
+    weight = config.num_generations / (config.num_generations + config.shrinkage)
+    return [results[i].name for i in (weight * means + (1 - weight) * prior).argmax(0)]
+
+
+def _stored_rollout(job: Job, arm: Arm, split: str) -> Trajectories:
+    folder = job.run / "labels" / split / arm.name
+    if not folder.exists():
+        config = job.config.label
+        trajectories = run_arm(
+            arm, job.backend, job.prompts(split), job.config.rollout, config.num_generations, config.seed
+        )
+        save_trajectories(folder, trajectories)
+    return load_trajectories(folder)
+
+
+def distil(job: Job) -> nn.Module:
+    """Teach the policy each training prompt's winning heuristic, on the states that all heuristics visited there.
+    Writes `distilled/`."""
+    folder = job.run / "distilled"
+    if folder.exists():
+        return load_policy(folder)
+    labels = label(job)
+    policy = job.new_policy()
+    names = [arm.name for arm in job.arms]
+    parts = [load_trajectories(job.run / "labels" / "train" / name) for name in names]
+    trajectories = concatenate([part.select(_without_copies(part)) for part in parts])
+    winner = dict(zip([prompt.id for prompt in job.prompts("train")], labels["choices"], strict=True))
+    choice = [names.index(winner[prompt.id]) for prompt in trajectories.prompts]
+    targets = sketch_targets([arm.policy for arm in job.arms], choice, trajectories)
+    with MetricsLogger(job.run / "distill") as log:
+        figures = distill(policy, trajectories, targets, job.config.distill, log=log)
+    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {', '.join(sorted(set(labels['choices'])))}.")
+    write_json(job.run / "distill" / "summary.json", dict(figures))
+    return policy
+
+
+def _without_copies(trajectories: Trajectories) -> list[int]:
+    """Indices of the different completions of each prompt; a deterministic arm repeats one."""
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    keep = []
+    for i, (prompt, ids) in enumerate(zip(trajectories.prompts, trajectories.completion_ids, strict=True)):
+        key = (prompt.id, tuple(ids))
+        if key not in seen:
+            seen.add(key)
+            keep.append(i)
+    return keep
+
+
+def reinforce(job: Job, *, init: str | Path | None = None, reference: str | Path | None = None) -> nn.Module:
+    """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`.
+
+    Args:
+        init: policy folder to start from; default: what `distil` made.
+        reference: policy folder that the KL penalty holds to; default: the start.
+    """
+    if (job.run / "policy").exists():
+        return load_policy(job.run / "policy")
+    start = Path(init) if init else job.run / "distilled"
+    policy = load_policy(start) if init else distil(job)
+    anchor = Path(reference) if reference else start
+    spec = check_compatible(start, fingerprint=job.backend.fingerprint)
+    check_compatible(anchor, fingerprint=job.backend.fingerprint, architecture=spec.policy)
+    return train(
+        policy,
+        load_policy(anchor),
+        job.backend,
+        job.prompts("train"),
+        job.rewards,
+        job.config.rollout,
+        job.config.grpo,
+        job.run,
+        metadata=job.metadata,
+    )
+
+
+def compare(job: Job) -> dict[str, Any]:
+    """Greedy, T = 1, the best static rule, the distilled and the RL policy on the test prompts. Writes
+    `comparison.json`, and the completions under `comparison/`."""
+    path = job.run / "comparison.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    labels, config = label(job), job.config.compare
+    best = labels["best_static"]
+    static = {arm.name: arm for arm in job.arms}
+    learned = [Arm("distilled", distil(job)), Arm("rl", reinforce(job))]
+    arms = [static[name] for name in dict.fromkeys([GREEDY, BASE, best]) if name in static] + learned
+    prompts = job.prompts("test")
+    strata = job.strata(prompts)
+    results = []
+    with progress("compare", len(arms)) as advance:
+        for arm in arms:
+            trajectories = _test_rollout(job, arm, prompts)
+            results.append(judge(arm.name, trajectories, job.rewards, config.num_generations))
+            advance(1, arm.name)
+    options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
+    comparison = {
+        "prompts": len(prompts),
+        "samples": config.num_generations,
+        "level": config.level,
+        "best_static": best,
+        "grid": [arm.name for arm in job.arms],
+        "headroom": labels["headroom"],
+        "rows": table(results, strata, best, **options),
+        "rl_against_distilled": table(results, strata, "distilled", **options)[-1]["difference"],
+    }
+    write_json(path, comparison)
+    return comparison
+
+
+def _test_rollout(job: Job, arm: Arm, prompts: Sequence[Prompt]) -> Trajectories:
+    folder = job.run / "comparison" / arm.name
+    if not folder.exists():
+        config = job.config.compare
+        trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, config.num_generations, config.seed)
+        save_trajectories(folder, trajectories)
+    return load_trajectories(folder)

@@ -1,0 +1,135 @@
+"""Recover trajectories for text that was sampled elsewhere: one teacher-forced pass of the base model a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asn_rl.errors import DataError
+from asn_rl.ops.context import context_vector
+from asn_rl.ops.sketch import build_sketch, points_of
+from asn_rl.protocols import LogitsBackend, Policy
+from asn_rl.rollout import RolloutConfig, checked_ids, checked_needs, concatenate
+from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How far the log-probs that were recorded elsewhere are from the replayed ones, nats a token."""
+
+    mean_absolute: float
+    largest: float
+    tokens: int
+
+
+@torch.no_grad()
+def replay(
+    policy: Policy,
+    backend: LogitsBackend,
+    prompts: Sequence[Prompt],
+    completion_ids: Sequence[Sequence[int]],
+    config: RolloutConfig,
+    *,
+    sample: Sequence[int] | None = None,
+    logprobs: Sequence[Sequence[float]] | None = None,
+    conditions: Tensor | None = None,
+) -> tuple[Trajectories, Mismatch | None]:
+    """Trajectories of given completions under `policy`, which need not have sampled them.
+
+    Args:
+        prompts, completion_ids: one entry a completion; ids as they were sampled, never re-tokenised text.
+        sample: index of each completion within its group; default 0.
+        logprobs: log-probs recorded where the text was sampled. They are kept as the behaviour log-probs, and the
+            mismatch to the replayed ones is reported.
+        conditions: (B, n) what the policy is conditioned on.
+
+    Raises:
+        DataError: an empty completion, one over the token budget, or a token that the base model gives no probability.
+    """
+    parts = [
+        _replay_one(policy, backend, prompt, list(ids), config, 0 if sample is None else sample[i], _row(conditions, i))
+        for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
+    ]
+    trajectories = concatenate(parts)
+    if logprobs is None:
+        return trajectories, None
+    recorded = torch.tensor([value for row in logprobs for value in row], dtype=torch.float32)
+    if recorded.shape != trajectories.logprobs.shape:
+        raise DataError(f"{len(recorded)} recorded log-probs for {len(trajectories.logprobs)} tokens; give one a token")
+    gap = (recorded - trajectories.logprobs).abs()
+    mismatch = Mismatch(gap.mean().item(), gap.max().item(), len(gap))
+    return trajectories.with_logprobs(recorded), mismatch
+
+
+def _replay_one(
+    policy: Policy,
+    backend: LogitsBackend,
+    prompt: Prompt,
+    ids: list[int],
+    config: RolloutConfig,
+    sample: int,
+    condition: Tensor | None,
+) -> Trajectories:
+    if not 0 < len(ids) <= config.max_new_tokens:
+        raise DataError(
+            f"a completion of prompt {prompt.id!r} has {len(ids)} tokens; it must have between 1 and "
+            f"max_new_tokens={config.max_new_tokens}"
+        )
+    needs, device = checked_needs(policy), backend.device
+    prompt_ids = checked_ids(backend, prompt, config.max_new_tokens)
+    logits, hidden = backend.score(prompt_ids, ids, hidden=bool(needs & {"hidden", "prompt_embedding"}))
+    tokens = torch.tensor(ids, device=device).unsqueeze(-1)
+    sketch, point_map = build_sketch(logits, config.size)
+    points = points_of(logits, tokens, point_map)
+    if (points < 0).any():
+        t = int((points < 0).flatten().nonzero()[0])
+        raise DataError(
+            f"token {ids[t]} at position {t} of a completion of prompt {prompt.id!r} has no probability under the base "
+            "model; was it sampled from another model or tokenizer?"
+        )
+    base = (logits.gather(-1, tokens).float() - point_map.log_normalizer).squeeze(-1)
+    position = torch.arange(len(ids), device=device)
+    before = torch.cat([base.new_zeros(1), -base[:-1]])
+    context = context_vector(sketch, position, config.max_new_tokens - position, before, before.cumsum(0))
+    embedding = hidden[:1] if hidden is not None and "prompt_embedding" in needs else None
+    own_hidden = hidden if "hidden" in needs else None
+    condition = None if condition is None else condition.unsqueeze(0).to(device)
+    obs = Observation(sketch, context, own_hidden, _spread(embedding, len(ids)), _spread(condition, len(ids)))
+    output = _run_policy(policy, obs, device)
+    inner = base - sketch.log_mass.gather(-1, points).squeeze(-1)
+    return Trajectories(
+        prompts=[prompt],
+        sample=[sample],
+        prompt_ids=[prompt_ids],
+        completion_ids=[ids],
+        completions=[backend.decode(ids)],
+        terminated=torch.tensor([ids[-1] in backend.eos_token_ids]),
+        observations=Observation(sketch, context, own_hidden, embedding, condition).to("cpu"),
+        points=points.squeeze(-1).cpu(),
+        logprobs=(output.gather(-1, points).squeeze(-1) + inner).cpu(),
+        base_logprobs=base.cpu(),
+    )
+
+
+def _run_policy(policy: Policy, obs: Observation, device: torch.device) -> Tensor:
+    """(T, N) log-probs along one completion; step by step where the policy carries state."""
+    state = policy.initial_state(1, device)
+    if state is None:
+        return policy(obs).logprobs
+    rows = []
+    for t in range(len(obs.context)):
+        output: PolicyOutput = policy(obs.index(slice(t, t + 1)), state)
+        state = output.state
+        rows.append(output.logprobs)
+    return torch.cat(rows)
+
+
+def _spread(row: Tensor | None, length: int) -> Tensor | None:
+    return None if row is None else row.expand(length, -1)
+
+
+def _row(conditions: Tensor | None, i: int) -> Tensor | None:
+    return None if conditions is None else conditions[i]

@@ -1,0 +1,48 @@
+"""What a math worker process runs. Only this module imports math-verify."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from math_verify import parse, verify
+from math_verify.errors import TimeoutException
+
+# math-verify's own alarm, for each parse and each comparison. An integer: a float is a TypeError that it swallows,
+# and then every answer is wrong.
+ALARM_S = 2
+
+_MARKED = re.compile(r"(?<!\\)\$|\\boxed")  # "\$18.90" is an amount of money
+
+
+def agree(gold: str, answer: str) -> bool | None:
+    """Whether an answer text is mathematically equal to the gold answer; None: the gold answer is no mathematics.
+
+    Raises:
+        Exception: from math-verify, or its TimeoutException, when the answer cannot be compared.
+    """
+    expected = _parse(gold if _MARKED.search(gold) else f"${gold}$")
+    if not expected:
+        return None
+    return _any_equal(expected, _parse(answer))
+
+
+def _parse(text: str) -> list[Any]:
+    return parse(text, parsing_timeout=ALARM_S, raise_on_error=True)
+
+
+def _any_equal(expected: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether any pair agrees. A parse is an expression and its text: an error in comparing the one does not hide
+    agreement of the other."""
+    failure: BaseException | None = None
+    for gold in expected:
+        for answer in found:
+            try:
+                if verify(gold, answer, timeout_seconds=ALARM_S, raise_on_error=True):
+                    return True
+            except (Exception, TimeoutException) as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    return False

@@ -1,0 +1,321 @@
+"""Several reward functions as one: weights, normalisation, and containment of those that fail."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from asn_rl.errors import AsnError, ConfigError, InvalidValue, RewardError
+from asn_rl.ops.advantages import group_advantages
+from asn_rl.rewards import REWARDS
+from asn_rl.rewards.contract import CALL_ARGUMENTS, checked_scores, load_function
+from asn_rl.rewards.workers import Failure, WorkerPool, describe
+from asn_rl.types import Prompt
+
+Normalize = Literal["none", "group", "batch"]
+Isolation = Literal["inline", "process"]
+Inputs = dict[str, Any]
+"""keyword arguments of one call of a reward function"""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward function and how it counts."""
+
+    function: str
+    """short name (numeric_answer, exact_answer, math_answer, length_budget, format_match, distinct_valid) or
+    module:function"""
+    weight: float = 1.0
+    """factor of the normalised score in the sum; negative: a penalty"""
+    normalize: Normalize = "none"
+    """none: raw scores; group: minus the mean of the prompt's completions, over their standard deviation; batch: the
+    same over all completions"""
+    time_limit: float | None = None
+    """wall seconds a call on one batch may take; null: no limit. Needs isolation: process, because a thread that hangs
+    cannot be stopped"""
+    retries: int = 0
+    """further attempts after an exception or a time-out, before the batch's scores are masked"""
+    isolation: Isolation = "inline"
+    """inline: called in this process; process: in a worker process, which is killed and replaced when it hangs or
+    dies"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments of the function, for example {budget: 64}"""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise InvalidValue("weight", self.weight, "a finite number")
+        if self.normalize not in get_args(Normalize):
+            raise InvalidValue("normalize", self.normalize, "none, group or batch")
+        if self.isolation not in get_args(Isolation):
+            raise InvalidValue("isolation", self.isolation, "inline or process")
+        if self.retries < 0:
+            raise InvalidValue("retries", self.retries, ">= 0")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise InvalidValue("time_limit", self.time_limit, "> 0 seconds, or null for no limit")
+        if self.time_limit is not None and self.isolation != "process":
+            raise ConfigError(
+                f"reward {self.function!r}: time_limit {self.time_limit:g} needs isolation: process, because a "
+                "function that hangs in this process cannot be stopped; set that, or time_limit: null"
+            )
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """Scores of B completions; NaN means masked."""
+
+    total: Tensor
+    """(B,) float64 weighted sum over the components that apply; NaN where none does"""
+    components: dict[str, Tensor]
+    """(B,) float64 raw scores by component: neither normalised nor weighted"""
+    counts: dict[str, int]
+    """by "component/event": `masked` completions; `error` and `timeout` attempts, `retry` attempts after those; and
+    what functions with a `counts` Counter of their own added to it"""
+
+
+class RewardSuite:
+    """Reward functions composed as their configurations say. A context manager; closing ends its worker processes.
+
+    A function that raises or exceeds its time limit is tried again `retries` times; then all its scores of that call
+    are masked, counted, and a warning is given once. A function that breaks its contract (wrong number of values,
+    values that are no numbers, NaN), or raises an error of `asn_rl.errors`, ends the call with a RewardError: trying
+    again would not mend it.
+
+    Args:
+        configs: at least one. A function that occurs twice appears as "name" and "name#2" in results.
+
+    Raises:
+        ConfigError: no configurations, or a module that cannot be imported.
+        UnknownName: no such reward function, or no such argument.
+        RewardError: a function without `**columns`.
+    """
+
+    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+        if not configs:
+            raise ConfigError("no reward functions; give at least one, for example [{function: numeric_answer}]")
+        self._components = [
+            _Component(name, config) for name, config in zip(_unique_names(configs), configs, strict=True)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes. The suite can be used again and then starts new ones."""
+        for component in self._components:
+            component.close()
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        terminated: Sequence[bool],
+    ) -> RewardResult:
+        """Score B completions.
+
+        Args:
+            prompts: B prompts, one a completion; equal neighbours are a group.
+            completions: B texts; functions get them as messages where the prompt is messages.
+            completion_ids: B lists of token ids.
+            terminated: B flags, False where the token limit cut the completion off.
+
+        Raises:
+            RewardError: a broken contract, or every score of the call is masked.
+        """
+        inputs = call_inputs(prompts, completions, completion_ids, terminated)
+        spans = _group_spans([prompt.id for prompt in prompts])
+        counts: Counter[str] = Counter()
+        scores: dict[str, Tensor] = {}
+        reasons: dict[str, str] = {}
+        for component in self._components:
+            values, reasons[component.name] = component.scores(inputs, counts)
+            scores[component.name] = _as_tensor(values)
+        if all(bool(part.isnan().all()) for part in scores.values()):
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise RewardError(f"every score of this call is masked, there is nothing to learn from. {why}")
+        weighted = [c.config.weight * normalised(scores[c.name], c.config.normalize, spans) for c in self._components]
+        return RewardResult(_sum_applicable(weighted), scores, dict(counts))
+
+
+class _Component:
+    """One configured function: where it runs and what becomes of its failures."""
+
+    def __init__(self, name: str, config: RewardConfig) -> None:
+        self.name, self.config = name, config
+        self._warned: set[str] = set()
+        self._pool: WorkerPool | None = None
+        self._own_counts: Counter[str] = Counter()
+        target = _target(config.function)
+        if config.isolation == "process":
+            self._pool = _pool(name, target, config)
+            self._pool.start()  # a module that cannot be imported shows now, not after the first rollout
+        else:
+            self._function = load_function(target, config.arguments)
+            counts = getattr(self._function.func, "counts", None)
+            self._own_counts = counts if isinstance(counts, Counter) else self._own_counts
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def scores(self, inputs: Inputs, counts: Counter[str]) -> tuple[list[float | None], str]:
+        """Checked scores, and in words why there are none if all are None."""
+        rows = len(inputs["completions"])
+        before = self._own_counts.copy()
+        answer = self._attempts(inputs, counts)
+        if isinstance(answer, Failure):
+            self._warn(answer, rows)
+            values: list[float | None] = [None] * rows
+            reason = f"{answer.reason}, {answer.detail}"
+        else:
+            values = checked_scores(self.name, answer, rows)
+            reason = f"returned None for all {rows} completions"
+        counts.update({f"{self.name}/{event}": n for event, n in (self._own_counts - before).items()})
+        counts[f"{self.name}/masked"] += sum(value is None for value in values)
+        return values, reason
+
+    def _attempts(self, inputs: Inputs, counts: Counter[str]) -> Any | Failure:
+        for event in ("error", "timeout", "retry"):
+            counts[f"{self.name}/{event}"] += 0
+        answer = self._attempt(inputs)
+        for _ in range(self.config.retries):
+            if not isinstance(answer, Failure):
+                break
+            self._count(answer, counts)
+            counts[f"{self.name}/retry"] += 1
+            answer = self._attempt(inputs)
+        if isinstance(answer, Failure):
+            self._count(answer, counts)
+        return answer
+
+    def _attempt(self, inputs: Inputs) -> Any | Failure:
+        # Lists of its own for every attempt; a column that an argument sets is the argument's.
+        mine = {name: list(column) for name, column in inputs.items() if name not in self.config.arguments}
+        if self._pool is None:
+            return _call(self._function, mine)
+        answer = self._pool.map([mine])[0]
+        if isinstance(answer, Failure) and answer.reason == "refused":
+            raise RewardError(f"reward {self.name!r}: {answer.detail}")
+        return answer
+
+    def _count(self, failure: Failure, counts: Counter[str]) -> None:
+        counts[f"{self.name}/{'timeout' if failure.reason == 'timeout' else 'error'}"] += 1
+
+    def _warn(self, failure: Failure, rows: int) -> None:
+        if failure.reason not in self._warned:
+            self._warned.add(failure.reason)
+            warnings.warn(
+                f"reward {self.name!r} failed ({failure.reason}: {failure.detail}); its scores of these {rows} "
+                "completions are masked. Further failures of this kind are only counted",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def call_inputs(
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    terminated: Sequence[bool],
+) -> Inputs:
+    """Keyword arguments for reward functions, as TRL passes them, with `terminated` and `prompt_id`.
+
+    A column that only some prompts have is None for the others.
+
+    Raises:
+        RewardError: nothing to score, lists of different lengths, or a data column with a reserved name.
+    """
+    lengths = [len(part) for part in (prompts, completions, completion_ids, terminated)]
+    if len(set(lengths)) != 1 or not prompts:
+        raise RewardError(
+            "prompts, completions, completion_ids and terminated must have one entry a completion, at least one; got "
+            + ", ".join(map(str, lengths))
+        )
+    own = {"terminated": [bool(flag) for flag in terminated], "prompt_id": [prompt.id for prompt in prompts]}
+    names = {name: None for prompt in prompts for name in prompt.columns}
+    for name in (*CALL_ARGUMENTS, *own):
+        if name in names:
+            raise RewardError(f"the data has a column {name!r}, a name reward functions use; rename the column")
+    return {
+        "prompts": [prompt.content for prompt in prompts],
+        "completions": [
+            text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ],
+        "completion_ids": [list(ids) for ids in completion_ids],
+        **{name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+        **own,
+    }
+
+
+def normalised(scores: Tensor, how: Normalize, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """(B,) scores minus mean, over sample standard deviation + 1e-4, within spans of rows or the batch.
+
+    As TRL's `normalize_then_sum` (GDPO, arXiv:2601.05242). NaN scores stay NaN and count in no mean.
+    """
+    if how == "none":
+        return scores
+    parts = spans if how == "group" else [(0, len(scores))]
+    scaled = torch.cat([group_advantages(scores[None, low:high])[0] for low, high in parts])
+    return torch.where(scores.isnan(), torch.nan, scaled)
+
+
+def _sum_applicable(parts: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(parts))
+    return torch.where(stacked.isnan().all(0), torch.nan, stacked.nansum(0))
+
+
+def _group_spans(ids: Sequence[str]) -> list[tuple[int, int]]:
+    """(start, end) of runs of equal ids."""
+    starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
+    return list(pairwise([*starts, len(ids)]))
+
+
+def _as_tensor(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _call(function: Callable[..., Any], inputs: Inputs) -> Any | Failure:
+    try:
+        return function(**inputs)
+    except AsnError:
+        raise
+    except Exception as error:
+        return Failure("error", describe(error))
+
+
+def _target(function: str) -> str:
+    """Where a function is imported from: the path behind a short name, or the path given."""
+    if ":" not in function and function not in REWARDS.entries:
+        REWARDS.resolve(function)  # raises, with the names there are
+    return REWARDS.entries.get(function, function)
+
+
+def _pool(name: str, target: str, config: RewardConfig) -> WorkerPool:
+    if target.startswith("__main__:"):
+        raise RewardError(f"a worker process cannot import {target!r}; move the function to a module of its own")
+    arguments: Mapping[str, Any] = {"target": target, "arguments": config.arguments}
+    loader = "asn_rl.rewards.contract:load_function"
+    return WorkerPool(loader, arguments, time_limit=config.time_limit, name=name)
+
+
+def _unique_names(configs: Sequence[RewardConfig]) -> list[str]:
+    seen: Counter[str] = Counter()
+    names = []
+    for config in configs:
+        seen[config.function] += 1
+        times = seen[config.function]
+        names.append(config.function if times == 1 else f"{config.function}#{times}")
+    return names

@@ -1,0 +1,129 @@
+"""Run folders: the resolved configuration, checkpoints and what a stage leaves for the next one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from asn_rl.config import differences, save_config, to_dict
+from asn_rl.errors import ConfigError, DataError
+
+console = Console(soft_wrap=True)
+
+
+def open_run(folder: str | Path, config: Any) -> Path:
+    """Create a run folder, or return to one that was made with the same configuration.
+
+    Raises:
+        ConfigError: the folder belongs to another configuration; the differing keys are listed.
+    """
+    run = Path(folder)
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "config.yaml"
+    if path.exists():
+        try:
+            old = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is damaged ({error}); choose another run folder") from error
+        changed = list(differences(old, to_dict(config)))
+        if changed:
+            raise ConfigError(
+                f"{run} was made with another configuration:\n  " + "\n  ".join(changed) + "\n"
+                "Choose another run folder, or remove this one"
+            )
+    else:
+        save_config(config, path)
+        (run / "command.txt").write_text(_provenance())
+    return run
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with the time left; yields `advance(steps, note)`. Without a terminal: a line now and then."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total, completed=done, note="")
+            yield lambda steps, note="": bar.update(task, advance=steps, note=note)
+        return
+    with _plain_progress(label, total, done) as advance:
+        yield advance
+
+
+@contextmanager
+def _plain_progress(label: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    import time
+
+    begin, last, count = time.monotonic(), time.monotonic(), done
+
+    def advance(steps: int, note: str = "") -> None:
+        nonlocal last, count
+        count += steps
+        now = time.monotonic()
+        if now - last < 5 and count < total:
+            return
+        last, rate = now, (count - done) / max(now - begin, 1e-9)
+        left = f"{(total - count) / rate:.0f} s left" if rate else "?"
+        console.print(f"{label} {count}/{total}, {now - begin:.0f} s, {left} {note}".rstrip(), highlight=False)
+
+    yield advance
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is either whole or not there."""
+    scratch = path.with_suffix(path.suffix + ".part")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.rename(path)
+
+
+def append_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Append records in one write, so that a kill tears at most the last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of a JSONL file; a torn last line is dropped with a warning.
+
+    Raises:
+        DataError: unreadable, or any other line is not a JSON object.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                console.print(f"[yellow]warning:[/] dropped a torn last line of {path}", highlight=False)
+                return
+            raise DataError(f"{path}, line {number} is not JSON: {error}. Mend or remove that line") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number} must be a JSON object, got {type(record).__name__}")
+        yield number, record
+
+
+def _provenance() -> str:
+    """The command line and, in a git checkout, the commit: enough to repeat the run."""
+    import shlex
+    import sys
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return f"{shlex.join(sys.argv)}\n{commit or 'no git commit'}\n"

@@ -1,0 +1,179 @@
+"""Distillation: teach a policy the distribution of heuristics, on states that were visited.
+
+Loss: KL(target || policy) over points plus gamma times the mass leaked outside the target's support (the reference
+project's TruncatedLogitsLoss; `asn_rl.ops.losses.truncated_kl` names what was mended). Targets come from the stored
+sketches, or from the full logits by a probe of the rollout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asn_rl.errors import DataError, InvalidValue, TrainingError
+from asn_rl.metrics import MetricsLogger
+from asn_rl.ops.losses import truncated_kl
+from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
+from asn_rl.protocols import Policy
+from asn_rl.rollout import Probe
+from asn_rl.runs import progress
+from asn_rl.types import Observation, Trajectories
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Supervised warm start of a decoding policy."""
+
+    epochs: int = 20
+    """passes over the recorded tokens"""
+    minibatch_tokens: int = 1024
+    """tokens in a gradient step"""
+    learning_rate: float = 3e-3
+    """AdamW step size at the start; falls to zero along a cosine"""
+    weight_decay: float = 0.0
+    """AdamW weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    gamma: float = 1.0
+    """weight of the probability mass leaked outside the target's support"""
+    holdout: float = 0.1
+    """share of the prompts kept to measure the loss on"""
+    seed: int = 0
+    """order of the minibatches, choice of the held-out prompts"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatch_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidValue(name, getattr(self, name), ">= 1")
+        if not 0 <= self.holdout < 1:
+            raise InvalidValue("holdout", self.holdout, "in [0, 1)")
+        if self.gamma < 0:
+            raise InvalidValue("gamma", self.gamma, ">= 0")
+
+
+def sketch_targets(heuristics: Sequence[Policy], choice: Sequence[int], trajectories: Trajectories) -> Tensor:
+    """(S, N) target log-probs: completion b is labelled by `heuristics[choice[b]]`, on its stored sketches.
+
+    Raises:
+        DataError: a heuristic is stateful; its targets must be recorded while it runs.
+    """
+    targets = torch.empty_like(trajectories.observations.sketch.log_mass)
+    chosen = torch.as_tensor(choice)[trajectories.rows]
+    for i, heuristic in enumerate(heuristics):
+        which = (chosen == i).nonzero().squeeze(-1)
+        if not len(which):
+            continue
+        if heuristic.initial_state(1, torch.device("cpu")) is not None:
+            raise DataError(f"heuristic {i} is stateful: record its targets in the rollout with `full_logits_target`")
+        with torch.no_grad():
+            targets[which] = heuristic(trajectories.per_token(which)).logprobs
+    return targets
+
+
+def full_logits_target(heuristic: Policy) -> Probe:
+    """A probe for `rollout` that records (B, N) target log-probs computed over the whole vocabulary.
+
+    The heuristic acts on a sketch in which every token is its own point; the result is summed over the points of the
+    coarse sketch. Costs a sort of the vocabulary a row: for checks, or where a rule cuts deep in the tail.
+    """
+
+    def probe(logits: Tensor, sketch: Sketch, points: PointMap) -> Tensor:
+        full, fine = build_sketch(logits, SketchSize(head=logits.shape[-1], tail=1))
+        context = torch.zeros(*logits.shape[:-1], 8, device=logits.device)
+        fine_logprobs = heuristic(Observation(full, context)).logprobs
+        owner = token_points(logits, points).gather(-1, fine.head_ids)
+        owner = torch.where(fine.head_slot >= 0, owner, -1)
+        mass = torch.zeros_like(sketch.log_mass, dtype=torch.float64)
+        first = fine_logprobs[..., : logits.shape[-1]].double().exp()
+        mass.scatter_add_(-1, owner.clamp_min(0), torch.where(owner >= 0, first, 0.0))
+        return mass.log().float()
+
+    return probe
+
+
+def distill(
+    policy: nn.Module,
+    trajectories: Trajectories,
+    targets: Tensor,
+    config: DistillConfig,
+    *,
+    log: MetricsLogger | None = None,
+    weights: Tensor | None = None,
+) -> Mapping[str, float]:
+    """Train `policy` in place towards `targets` (S, N) on the states of `trajectories`.
+
+    Args:
+        weights: (S,) importance of each token; default all 1.
+
+    Returns:
+        Held-out and training KL in nats a token, leak, and the seconds it took.
+
+    Raises:
+        TrainingError: no trainable parameter received a gradient, or the loss is not finite.
+    """
+    begin = time.perf_counter()
+    if targets.shape != trajectories.observations.sketch.log_mass.shape:
+        raise InvalidValue("targets shape", tuple(targets.shape), "that of the sketches, (tokens, points)")
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    if not parameters:
+        raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be distilled into")
+    train, held_out = _split(trajectories, config)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * -(-len(train) // config.minibatch_tokens)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    importance = torch.ones(len(targets)) if weights is None else weights
+
+    def loss_on(part: Tensor) -> tuple[Tensor, Tensor]:
+        divergence, leak = truncated_kl(targets[part], policy(trajectories.per_token(part)).logprobs, config.gamma)
+        scale = importance[part] / importance[part].sum()
+        return (divergence * scale).sum(), (leak * scale).sum()
+
+    figures: dict[str, float] = {}
+    with progress("distil", config.epochs) as advance:
+        for epoch in range(1, config.epochs + 1):
+            total = 0.0
+            for part in train[torch.randperm(len(train), generator=generator)].split(config.minibatch_tokens):
+                divergence, leak = loss_on(part)
+                optimizer.zero_grad(set_to_none=True)
+                (divergence + leak).backward()
+                _check_gradients(policy, parameters, divergence + leak)
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                total += divergence.item() * len(part) / len(train)
+            figures = {"loss/distill_kl": total}
+            if len(held_out):
+                with torch.no_grad():
+                    divergence, leak = loss_on(held_out)
+                figures |= {"eval/distill_kl": divergence.item(), "eval/distill_leak": leak.item()}
+            if log is not None:
+                log.log(epoch, figures)
+            advance(1, f"KL {figures.get('eval/distill_kl', total):.4f}")
+    return figures | {"time/distill": time.perf_counter() - begin}
+
+
+def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """Token indices to train on and to measure on; no prompt is in both."""
+    ids = sorted({prompt.id for prompt in trajectories.prompts})
+    count = round(config.holdout * len(ids))
+    held = set(np.random.default_rng(config.seed).permutation(ids)[:count].tolist())
+    is_held = torch.tensor([prompt.id in held for prompt in trajectories.prompts])[trajectories.rows]
+    return (~is_held).nonzero().squeeze(-1), is_held.nonzero().squeeze(-1)
+
+
+def _check_gradients(policy: nn.Module, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the distillation loss is {loss.item()}; a policy that cuts hard gives infinite KL, so train it softly"
+        )
+    if not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters) and loss.item() > 1e-6:
+        raise TrainingError(
+            f"no trainable parameter of {type(policy).__name__} received a gradient; check that its log-probs depend "
+            "on its parameters (no detach, no inference mode)"
+        )

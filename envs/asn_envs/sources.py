@@ -1,0 +1,122 @@
+"""What an environment is made from: JSON values, as `gym.make` and `EnvSpec.to_json` need them, or live objects."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from asn_rl.backends import BACKENDS, BackendConfig, load_backend
+from asn_rl.errors import DataError, InvalidValue, UnknownName
+from asn_rl.protocols import LogitsBackend, RewardFunction
+from asn_rl.rewards import REWARDS
+from asn_rl.rewards.contract import CALL_ARGUMENTS, check_signature
+from asn_rl.types import Prompt
+
+BackendSource = LogitsBackend | BackendConfig | Mapping[str, Any] | str
+PromptsSource = Sequence[Prompt | Mapping[str, Any]] | str | Path
+RewardSource = RewardFunction | str
+RESERVED = {*CALL_ARGUMENTS, "terminated", "prompt_id"}
+
+
+def as_backend(source: BackendSource) -> LogitsBackend:
+    """A backend from itself, a `BackendConfig`, a dict of its fields, or a string.
+
+    Strings are `"kind"`, `"kind:model"` (for example `"toy:random:32:0"`), or a model alone (`"owner/name"`, a
+    folder), which means `hf`. Environments of one process that name the same backend share it: it is frozen.
+    """
+    if isinstance(source, str):
+        kind, _, model = source.partition(":")
+        config = {"kind": kind} if kind in BACKENDS.entries else {"model": source}
+        source = config | ({"model": model} if model and "kind" in config else {})
+    if isinstance(source, Mapping):
+        known = [field.name for field in fields(BackendConfig)]
+        for name in source:
+            if name not in known:
+                raise UnknownName("backend option", str(name), known)
+        source = BackendConfig(**source)
+    if isinstance(source, BackendConfig):
+        return _shared_backend(source)
+    if not hasattr(source, "start"):
+        raise InvalidValue("backend", source, "a backend, a BackendConfig, a dict of its fields, or a string")
+    return source
+
+
+@lru_cache(maxsize=2)
+def _shared_backend(config: BackendConfig) -> LogitsBackend:
+    return load_backend(config)
+
+
+def as_reward(source: RewardSource) -> RewardFunction:
+    """A reward function from itself, its short name, or its "module:function" path.
+
+    Raises:
+        UnknownName, ConfigError: the name stands for nothing.
+        RewardError: a function without `**columns`.
+    """
+    reward: RewardFunction = REWARDS.resolve(source) if isinstance(source, str) else source
+    name = source if isinstance(source, str) else function_name(source)
+    if not callable(reward):
+        raise InvalidValue("reward", name, "a function of (prompts, completions, completion_ids, **columns)")
+    check_signature(name, reward, {})
+    return reward
+
+
+def function_name(function: Any) -> str:
+    """Name of a callable, for messages."""
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def as_prompts(source: PromptsSource) -> list[Prompt]:
+    """Prompts from a list of `Prompt`s or `{"id", "prompt", ...columns}` dicts, or from a JSONL file of such dicts.
+
+    Raises:
+        DataError: no prompt, a missing entry, an id that occurs twice, a reserved column name, or a malformed line
+            (named by its number).
+    """
+    rows = _read_jsonl(Path(source)) if isinstance(source, str | Path) else source
+    prompts = [row if isinstance(row, Prompt) else _as_prompt(row, number) for number, row in enumerate(rows, 1)]
+    if not prompts:
+        raise DataError("the prompt list is empty; give at least one {'id': ..., 'prompt': ...}")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise DataError(f"prompt id {prompt.id!r} occurs twice; ids must be unique")
+        seen.add(prompt.id)
+        for name in RESERVED & prompt.columns.keys():
+            raise DataError(f"prompt {prompt.id!r} has a column {name!r}, a name that reward functions need; rename it")
+    return prompts
+
+
+def find_prompt(prompts: Mapping[str, Any], name: str) -> Any:
+    """The entry of `prompts` under an id; `UnknownName` lists the closest ids."""
+    if name not in prompts:
+        known = list(prompts)
+        shown = difflib.get_close_matches(name, known, n=3) or known[:5]
+        raise UnknownName("prompt id", name, shown, f"There are {len(known)} prompts in all.")
+    return prompts[name]
+
+
+def _as_prompt(row: Mapping[str, Any], number: int) -> Prompt:
+    missing = [name for name in ("id", "prompt") if name not in row] if isinstance(row, Mapping) else ["id", "prompt"]
+    if missing:
+        raise DataError(f"prompt {number} has no {missing[0]!r}: {row!r:.200}; each needs 'id' and 'prompt'")
+    return Prompt(str(row["id"]), row["prompt"], {k: v for k, v in row.items() if k not in ("id", "prompt")})
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise DataError(f"prompt file {str(path)!r} does not exist; give a JSONL file with 'id' and 'prompt' columns")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: {error}; each line must be one JSON object") from error
+    return rows
