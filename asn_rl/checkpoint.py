@@ -7,7 +7,7 @@ A training state additionally holds arbitrary nested dictionaries of tensors and
 from __future__ import annotations
 
 import json
-import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,24 +52,36 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     An interrupted or failed write (a full disk) leaves the old `target` as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield scratch
         scratch.chmod(0o755)
-        if target.exists():
-            old = scratch.with_name(scratch.name + "-old")
-            target.rename(old)
-            scratch.rename(target)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(target)
+        _replace_folder(target, scratch)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {target}: {error}. Free some disk space; the previous copy is intact"
+            f"cannot write {target}: {error}. Free some disk space, or choose a folder you may write to; a previous "
+            "copy is intact"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace_folder(target: Path, new: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = new.with_name(new.name + "-old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_policy(folder: Path, module: nn.Module, config: PolicyConfig, card: str) -> None:
@@ -96,25 +109,42 @@ def read_policy_config(folder: str | Path) -> PolicyConfig:
     path = Path(folder) / CONFIG
     try:
         raw = json.loads(path.read_text())
-        config = PolicyConfig(**raw)
-    except FileNotFoundError as error:
+        _check_format(path, raw)  # first: a newer format may have other keys
+        return PolicyConfig(**raw)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} holds no policy ({CONFIG} is missing); give a folder made by save_pretrained"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Restore it, or use an older checkpoint") from error
-    if config.format_version > FORMAT_VERSION:
+
+
+def _check_format(path: Path, raw: Any) -> None:
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
+        raise TypeError("it has no format_version")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {config.format_version}, this library reads up to {FORMAT_VERSION}; "
-            "upgrade asn_rl"
+            f"{path} has format version {version}, this library reads up to {FORMAT_VERSION}; upgrade asn_rl"
         )
-    return config
 
 
 def load_policy(folder: str | Path) -> nn.Module:
-    """The policy a folder holds, whatever its class. The class is imported by the name the folder gives."""
+    """The policy a folder holds, whatever its class. The class is imported by the name the folder gives.
+
+    Raises:
+        CheckpointError: damaged, of a newer format, or not a policy: only an `nn.Module` class is ever called.
+    """
     config = read_policy_config(folder)
-    module = load_attribute(config.policy)(**config.arguments)
+    cls = load_attribute(config.policy)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckpointError(f"{folder} names {config.policy!r} as its policy, which is not an nn.Module class")
+    try:
+        module = cls(**config.arguments)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{config.policy} does not take the arguments in {folder}: {error}. Use the version it was saved with"
+        ) from error
     load_weights(module, Path(folder))
     return module
 
@@ -160,16 +190,17 @@ def load_state(folder: Path) -> dict[str, Any]:
     """What `save_state` wrote.
 
     Raises:
-        CheckpointError: missing or truncated.
+        CheckpointError: missing, truncated, or of a newer format.
     """
     try:
-        plain = json.loads((folder / STATE).read_text())["state"]
-    except (OSError, ValueError, KeyError) as error:
+        raw = json.loads((folder / STATE).read_text())
+        _check_format(folder / STATE, raw)
+        return _put_tensors(raw["state"], load_file(folder / "state.safetensors"))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"the training state in {folder} is damaged or missing: {error}. Remove that checkpoint; the run then "
             "resumes from the one before"
         ) from error
-    return _put_tensors(plain, _load_tensors(folder / "state.safetensors"))
 
 
 _MARK = "__tensor__"
@@ -177,8 +208,9 @@ _MARK = "__tensor__"
 
 def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {_MARK: path}
+        name = f"{len(tensors)}{path}"  # the number keeps {"a": {"b": t}} and {"a/b": t} apart
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_MARK: name}
     if isinstance(value, Mapping):
         # JSON keys are strings; optimisers key their state by integers.
         return {"__items__": [[key, _strip_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
@@ -208,8 +240,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder; unfinished writes have names that start with a dot."""
-    found = sorted((run / "checkpoints").glob("step-*"))
+    found = _checkpoints(run)
     return found[-1] if found else None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Oldest first. Other names (a copy that somebody keeps) are not ours to load or remove."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -217,23 +255,26 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
-    for folder in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+    for folder in _checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make a rename durable where the platform allows it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def rng_state() -> dict[str, Any]:
-    """Every global random state a run may draw from."""
-    return {"torch": torch.get_rng_state()}
+    """Every global random state a run may draw from, in the form `save_state` takes."""
+    legacy = np.random.get_state(legacy=False)  # noqa: NPY002  (the global state of user code, such as rewards)
+    assert isinstance(legacy, dict)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": {**legacy, "state": {"key": legacy["state"]["key"].tolist(), "pos": legacy["state"]["pos"]}},
+    }
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])  # noqa: NPY002

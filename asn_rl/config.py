@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -67,8 +68,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write the resolved configuration; `load_config` reads it back unchanged."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Write the resolved configuration, whole or not at all; `load_config` reads it back unchanged."""
+    scratch = Path(f"{path}.part")
+    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    scratch.rename(path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
@@ -119,6 +122,8 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
         yield f"  {name}{shown.removesuffix(chr(10)).removesuffix('...').strip()}  ({_type_name(hint)})"
         if doc := docs.get(field.name):
             yield textwrap.fill(doc, 100, initial_indent="      ", subsequent_indent="      ")
+        if get_origin(hint) in (tuple, list) and dataclasses.is_dataclass(item := get_args(hint)[0]):
+            yield from _describe(item, name + "[].")  # type: ignore[arg-type]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -160,17 +165,23 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise _wrong(where, value, "a mapping")
         return dict(value)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
+            number = float(value)  # YAML 1.1 reads 1e-3 as a string
         except ValueError:
             raise _wrong(where, value, "a number") from None
+        if math.isnan(number):  # passes every comparison with a range, and equals no saved configuration
+            raise _wrong(where, value, "a number")
+        return number
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise _wrong(where, value, f"a value of type {_type_name(hint)}")
     return value
 
 
 def _convert_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    structured = [option for option in options if option is not type(None)]
+    if isinstance(value, Mapping | list) and len(structured) == 1:
+        return _convert(value, structured[0], where)  # its error names the key inside
     for option in options:
         try:
             return _convert(value, option, where) if option is not type(None) else _none(value, where)
@@ -191,7 +202,7 @@ def _wrong(where: str, value: Any, expected: str) -> ConfigError:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     if values is None:
         return {}

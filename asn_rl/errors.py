@@ -32,6 +32,10 @@ class InvalidLogits(AsnError, ValueError):
     """Logits that are no distribution."""
 
 
+class InvalidPolicyOutput(AsnError, ValueError):
+    """A policy's answer that is no distribution."""
+
+
 class ConfigError(AsnError, ValueError):
     """A configuration that cannot be read or makes no sense."""
 

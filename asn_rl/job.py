@@ -210,9 +210,9 @@ def _stored_rollout(job: Job, arm: Arm, split: str) -> Trajectories:
     folder = job.run / "labels" / split / arm.name
     if not folder.exists():
         config = job.config.label
-        trajectories = run_arm(
-            arm, job.backend, job.prompts(split), job.config.rollout, config.num_generations, config.seed
-        )
+        prompts, needs = job.prompts(split), job.new_policy().needs
+        samples, seed = config.num_generations, config.seed
+        trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed, capture=needs)  # type: ignore[arg-type]
         save_trajectories(folder, trajectories)
     return load_trajectories(folder)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from asn_rl.errors import DataError
+from asn_rl.runs import read_jsonl
 
 
 class MetricsLogger:
@@ -29,7 +29,9 @@ class MetricsLogger:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [record for record in read_metrics(run) if record["step"] <= resume_after]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            scratch = self.path.with_suffix(".part")
+            scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            scratch.rename(self.path)
         self.file = self.path.open("a")
         self.events = SummaryWriter(str(run / "events"), purge_step=resume_after + 1)
 
@@ -65,20 +67,7 @@ class MetricsLogger:
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`; a torn last line, left by a kill, is dropped."""
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_text().split("\n") if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(
-                f"{path}, line {number} is not JSON ({error}); restore the file or remove that line"
-            ) from error
-    return records
+    return [record for _, record in read_jsonl(path)] if path.exists() else []
 
 
 def _cell(value: Any) -> str:

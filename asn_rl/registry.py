@@ -32,6 +32,8 @@ class Registry:
 def load_attribute(path: str) -> Any:
     """Import "module:attribute"."""
     module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise ConfigError(f"{path!r} is not of the form 'module:attribute', for example 'my_package.my_module:MyClass'")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

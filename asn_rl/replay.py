@@ -12,7 +12,7 @@ from asn_rl.errors import DataError
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import build_sketch, points_of
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.rollout import RolloutConfig, checked_ids, checked_needs, concatenate
+from asn_rl.rollout import RolloutConfig, checked_ids, checked_needs, checked_probs, concatenate
 from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
 
 
@@ -47,8 +47,10 @@ def replay(
         conditions: (B, n) what the policy is conditioned on.
 
     Raises:
-        DataError: an empty completion, one over the token budget, or a token that the base model gives no probability.
+        DataError: no completions, an empty one, one over the token budget, a token that the base model gives no
+            probability, or lists of different lengths.
     """
+    _check_lengths(prompts, completion_ids, sample, logprobs, conditions)
     parts = [
         _replay_one(policy, backend, prompt, list(ids), config, 0 if sample is None else sample[i], _row(conditions, i))
         for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
@@ -57,11 +59,27 @@ def replay(
     if logprobs is None:
         return trajectories, None
     recorded = torch.tensor([value for row in logprobs for value in row], dtype=torch.float32)
-    if recorded.shape != trajectories.logprobs.shape:
-        raise DataError(f"{len(recorded)} recorded log-probs for {len(trajectories.logprobs)} tokens; give one a token")
     gap = (recorded - trajectories.logprobs).abs()
     mismatch = Mismatch(gap.mean().item(), gap.max().item(), len(gap))
     return trajectories.with_logprobs(recorded), mismatch
+
+
+def _check_lengths(
+    prompts: Sequence[Prompt],
+    completion_ids: Sequence[Sequence[int]],
+    sample: Sequence[int] | None,
+    logprobs: Sequence[Sequence[float]] | None,
+    conditions: Tensor | None,
+) -> None:
+    if not prompts:
+        raise DataError("there are no completions to replay; check where they come from")
+    columns = {"completion_ids": completion_ids, "sample": sample, "logprobs": logprobs, "conditions": conditions}
+    for name, column in columns.items():
+        if column is not None and len(column) != len(prompts):
+            raise DataError(f"{name} has {len(column)} entries for {len(prompts)} prompts; give one a completion")
+    for i, (ids, row) in enumerate(zip(completion_ids, logprobs or (), strict=False)):
+        if len(ids) != len(row):
+            raise DataError(f"completion {i} has {len(ids)} tokens and {len(row)} recorded log-probs; give one a token")
 
 
 def _replay_one(
@@ -77,6 +95,12 @@ def _replay_one(
         raise DataError(
             f"a completion of prompt {prompt.id!r} has {len(ids)} tokens; it must have between 1 and "
             f"max_new_tokens={config.max_new_tokens}"
+        )
+    unknown = [token for token in ids if not 0 <= token < backend.vocab_size]
+    if unknown:
+        raise DataError(
+            f"token {unknown[0]} in a completion of prompt {prompt.id!r} is outside the base model's vocabulary of "
+            f"{backend.vocab_size}; was it sampled from another model or tokenizer?"
         )
     needs, device = checked_needs(policy), backend.device
     prompt_ids = checked_ids(backend, prompt, config.max_new_tokens)
@@ -118,11 +142,14 @@ def _run_policy(policy: Policy, obs: Observation, device: torch.device) -> Tenso
     """(T, N) log-probs along one completion; step by step where the policy carries state."""
     state = policy.initial_state(1, device)
     if state is None:
-        return policy(obs).logprobs
+        logprobs = policy(obs).logprobs
+        checked_probs(policy, logprobs)
+        return logprobs
     rows = []
     for t in range(len(obs.context)):
         output: PolicyOutput = policy(obs.index(slice(t, t + 1)), state)
         state = output.state
+        checked_probs(policy, output.logprobs)
         rows.append(output.logprobs)
     return torch.cat(rows)
 

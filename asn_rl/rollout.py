@@ -9,14 +9,14 @@ logit differently and, rarely, tip a draw.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asn_rl.errors import DataError, InvalidValue
+from asn_rl.errors import DataError, InvalidPolicyOutput, InvalidValue
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.protocols import LogitsBackend, Policy
@@ -35,7 +35,7 @@ class RolloutConfig:
     head: int = 64
     """most probable tokens that are sketch points of their own"""
     tail: int = 32
-    """octaves of probability below the head, one sketch point each"""
+    """bins of probability below the head, one sketch point each"""
     max_batch: int = 256
     """completions decoded at a time; memory and speed, not results, depend on it"""
 
@@ -61,6 +61,7 @@ def rollout(
     num_generations: int = 1,
     seed: int = 0,
     conditions: Tensor | None = None,
+    capture: Collection[str] = (),
     probes: Mapping[str, Probe] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Trajectories:
@@ -68,6 +69,7 @@ def rollout(
 
     Args:
         conditions: (len(prompts), n) what the policy is conditioned on, one row a prompt.
+        capture: optional observation entries to record beside those the policy needs, for another policy to read.
         probes: tensors to record beside the observations, by name; they end up in `Trajectories.extras`.
         on_token: called with the number of tokens drawn, after each step.
 
@@ -78,6 +80,8 @@ def rollout(
         raise DataError("the prompt list is empty; check the data source and its split")
     if num_generations < 1:
         raise InvalidValue("num_generations", num_generations, ">= 1")
+    if conditions is not None and len(conditions) != len(prompts):
+        raise InvalidValue("conditions", tuple(conditions.shape), f"of {len(prompts)} rows, one a prompt")
     ids = [checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
     # Whole prompts to a batch, so that a prompt is prefilled once for all its completions.
     per_batch = max(1, config.max_batch // num_generations)
@@ -94,6 +98,7 @@ def rollout(
                 num_generations,
                 seed,
                 None if conditions is None else conditions[part],
+                _checked_entries("capture", capture) | checked_needs(policy),
                 probes or {},
                 on_token,
             )
@@ -110,6 +115,7 @@ def _rollout_batch(
     repeats: int,
     seed: int,
     conditions: Tensor | None,
+    needs: frozenset[str],
     probes: Mapping[str, Probe],
     on_token: Callable[[int], None] | None,
 ) -> Trajectories:
@@ -117,7 +123,6 @@ def _rollout_batch(
     keys = [(prompt.id, g) for prompt in prompts for g in range(repeats)]
     batch = len(keys)
     uniforms = torch.from_numpy(np.stack([uniform_stream(seed, *key, budget) for key in keys])).to(device)
-    needs = checked_needs(policy)
     session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}))
     embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
     condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
@@ -138,7 +143,7 @@ def _rollout_batch(
             condition=None if condition is None else condition[rows],
         )
         output = policy(obs, state)
-        points = invert_cdf(output.logprobs.double().exp(), uniforms[rows, t, 0])
+        points = invert_cdf(checked_probs(policy, output.logprobs), uniforms[rows, t, 0])
         tokens = choose_tokens(session.logits, point_map, points, uniforms[rows, t, 1])
         base = session.logits.gather(-1, tokens[:, None]).float() - point_map.log_normalizer
         at_point = points[:, None]
@@ -240,6 +245,8 @@ def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
 
     def join(pick: Callable[[Trajectories], Tensor | None]) -> Tensor | None:
         tensors = [tensor for part in parts if (tensor := pick(part)) is not None]
+        if tensors and len(tensors) != len(parts):
+            raise DataError("only some of the trajectories recorded an optional observation; record it in all of them")
         return torch.cat(tensors) if tensors else None
 
     def must(pick: Callable[[Trajectories], Tensor]) -> Tensor:
@@ -276,11 +283,28 @@ def uniform_stream(seed: int, prompt_id: str, sample: int, length: int) -> np.nd
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((length, 2))
 
 
+def checked_probs(policy: Policy, logprobs: Tensor) -> Tensor:
+    """(..., N) float64 probabilities of a policy's answer, which must be normalised: they are drawn from as they are,
+    and recorded as they are."""
+    probs = logprobs.double().exp()
+    wrong = ~((probs.sum(-1) - 1).abs() < 1e-3)  # NaN is wrong too
+    if wrong.any():
+        raise InvalidPolicyOutput(
+            f"the probabilities of {type(policy).__name__} over points sum to {float(probs.sum(-1)[wrong][0]):g}, not "
+            "to 1. NaN: its weights may have diverged, go back to an older checkpoint; otherwise it must normalise "
+            "its log-probs"
+        )
+    return probs
+
+
 def checked_needs(policy: Policy) -> frozenset[str]:
-    unknown = set(policy.needs) - OPTIONAL_INPUTS
-    if unknown:
-        raise InvalidValue("policy.needs", sorted(policy.needs), f"a subset of {sorted(OPTIONAL_INPUTS)}")
-    return frozenset(policy.needs)
+    return _checked_entries("policy.needs", policy.needs)
+
+
+def _checked_entries(what: str, names: Collection[str]) -> frozenset[str]:
+    if set(names) - OPTIONAL_INPUTS:
+        raise InvalidValue(what, sorted(names), f"a subset of {sorted(OPTIONAL_INPUTS)}")
+    return frozenset(names)
 
 
 def checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:

@@ -26,13 +26,18 @@ def open_run(folder: str | Path, config: Any) -> Path:
         ConfigError: the folder belongs to another configuration; the differing keys are listed.
     """
     run = Path(folder)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run folder {run}: {error}; choose another one") from error
     path = run / "config.yaml"
     if path.exists():
         try:
-            old = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+            old = yaml.safe_load(path.read_text())
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path} is damaged ({error}); choose another run folder") from error
+        if not isinstance(old, dict):
+            raise ConfigError(f"{path} is damaged (no mapping of keys); choose another run folder")
         changed = list(differences(old, to_dict(config)))
         if changed:
             raise ConfigError(
@@ -87,11 +92,12 @@ def write_json(path: Path, value: Any) -> None:
     scratch.rename(path)
 
 
-def append_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Append records in one write, so that a kill tears at most the last line."""
+def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write a JSONL file that is either whole or not there; a step that is repeated after a resume replaces its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    scratch = path.with_suffix(path.suffix + ".part")
+    scratch.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    scratch.rename(path)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -101,15 +107,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: unreadable, or any other line is not a JSON object.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line)  # decoded line by line: a line may be torn inside a character
         except ValueError as error:
             if number == len(lines):
                 console.print(f"[yellow]warning:[/] dropped a torn last line of {path}", highlight=False)
@@ -125,5 +130,9 @@ def _provenance() -> str:
     import shlex
     import sys
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     return f"{shlex.join(sys.argv)}\n{commit or 'no git commit'}\n"

@@ -109,7 +109,7 @@ class Trajectories:
     @property
     def lengths(self) -> Tensor:
         """(B,) int64 tokens per completion, the end-of-sequence token included."""
-        return torch.tensor([len(ids) for ids in self.completion_ids])
+        return torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.long)
 
     @property
     def rows(self) -> Tensor:

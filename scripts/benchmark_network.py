@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from asn_policies import SamplingNetwork
 from torch import Tensor
 
+from asn_policies import SamplingNetwork
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.sketch import Sketch, SketchSize, build_sketch
 from asn_rl.types import Observation
@@ -93,7 +93,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="16 rows instead of 64: under 50 seconds")
     parser.add_argument("--rows", type=int, help="rows of logits (default: 64, or 16 with --quick)")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes on the sketch; the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; more than the free cores slow small steps most"
+    )
     args = parser.parse_args()
     if min(args.rows or 1, args.repeats, args.threads) < 1 or args.rows == 0:
         parser.error("--rows, --repeats and --threads must be at least 1")

@@ -15,6 +15,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from asn_rl.errors import BackendError, UnknownName
 
 MANIFEST = "asn_rl_manifest.json"
@@ -77,17 +79,24 @@ def _convert(model: EmbeddedModel, folder: Path) -> None:
         raise BackendError(
             f"reading GGUF needs two more packages ({error}); run: pip install 'asn_rl[embedded]'"
         ) from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted conversion leaves nothing that looks like a model.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         lm.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         (scratch / MANIFEST).write_text(json.dumps(_digests(scratch), indent=1))
-        if not folder.exists():  # another process may have been faster
-            scratch.rename(folder)
+        scratch.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if not folder.exists():  # else another process was faster
+            raise BackendError(
+                f"cannot write the converted model to {folder}: {error}. Free some disk space, or set ASN_RL_CACHE to "
+                "a folder you may write to"
+            ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _package_folder(model: EmbeddedModel) -> Path:
@@ -104,8 +113,8 @@ def _package_folder(model: EmbeddedModel) -> Path:
 def _verify(folder: Path) -> None:
     try:
         recorded = json.loads((folder / MANIFEST).read_text())
-        damaged = sorted(name for name, digest in recorded.items() if _digest(folder / name) != digest)
-    except (OSError, ValueError) as error:
+        damaged = sorted(name for name, digest in dict(recorded).items() if _digest(folder / name) != digest)
+    except (OSError, ValueError, TypeError) as error:
         damaged = [str(error)]
     if damaged:
         raise BackendError(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,7 +80,7 @@ class HFBackend:
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             raise BackendError(
                 f"cannot load the base model {config.model!r}{offline}: {error}. Give a folder or hub id of a causal "
@@ -108,7 +109,7 @@ class HFBackend:
     def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> HFSession:
         return HFSession(self, *self._prefill(prompt_ids, repeats), hidden=hidden)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what is returned here may be trained on
     def score(
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
     ) -> tuple[Tensor, Tensor | None]:

@@ -33,6 +33,8 @@ class ToyBackend:
         self.table = table.float()
         self.vocab_size = self.hidden_size = len(table)
         self.words = list(words) if words else ["<eos>", *(f"w{i}" for i in range(1, len(table)))]
+        if len(set(self.words)) != len(self.words) or len(self.words) != len(table):
+            raise InvalidValue("toy words", self.words, f"{len(table)} different words, one a token")
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.eos_token_ids = frozenset({0})
         self.device = table.device

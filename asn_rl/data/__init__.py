@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from asn_rl.errors import ConfigError, DataError
+from asn_rl.errors import ConfigError, DataError, InvalidValue
 from asn_rl.registry import Registry
 from asn_rl.types import Prompt
 
@@ -32,6 +32,10 @@ class DataConfig:
     """keyword arguments of the source, for example {path: prompts.jsonl}"""
     limit: int | None = None
     """prompts a split at most, evenly spaced; null: all"""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InvalidValue("limit", self.limit, ">= 1", "null takes all prompts")
 
 
 def load_prompts(config: DataConfig, split: str) -> list[Prompt]:

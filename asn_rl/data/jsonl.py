@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -21,15 +22,26 @@ def jsonl(split: str, *, path: str, seed: int = 0) -> list[Prompt]:
     """
     if split not in SPLITS:
         raise UnknownName("split", split, SPLITS)
-    rows = [(_prompt(row, number, path), row.get("split")) for number, row in read_jsonl(Path(path))]
+    rows = [(_prompt(row, number, path), _split(row, number, path)) for number, row in read_jsonl(Path(path))]
     marked = [mark is not None for _, mark in rows]
     if any(marked) and not all(marked):
         raise DataError(f"{path}: some rows have a 'split' and some do not; give all rows one, or none")
     if all(marked):
         return [prompt for prompt, mark in rows if mark == split]
-    prompts = [prompt for prompt, _ in rows]
-    random.Random(seed).shuffle(prompts)
-    return list(split_slice(prompts, split))
+    # A text that occurs twice goes to one split as a whole.
+    groups: dict[str, list[Prompt]] = {}
+    for prompt, _ in rows:
+        groups.setdefault(json.dumps(prompt.content), []).append(prompt)
+    texts = list(groups)
+    random.Random(seed).shuffle(texts)
+    return [prompt for text in split_slice(texts, split) for prompt in groups[text]]
+
+
+def _split(row: dict[str, object], number: int, path: str) -> object:
+    mark = row.get("split")
+    if mark is not None and mark not in SPLITS:
+        raise DataError(f"{path}, line {number}: 'split' must be one of {', '.join(SPLITS)}, got {mark!r}")
+    return mark
 
 
 def _prompt(row: dict[str, object], number: int, path: str) -> Prompt:

@@ -24,6 +24,9 @@ REFUSED = {
     "rush_hour": "has no stored answer",
 }
 
+# Question i of a data set is drawn from seed + i: with neighbouring seeds two splits would be the same questions.
+_SEED_STRIDE = 1_000_000
+
 
 def reasoning_gym(
     split: str, *, family: str = "chain_sum", size: int = 100, seed: int = 0, config: dict[str, Any] | None = None
@@ -37,15 +40,15 @@ def reasoning_gym(
     """
     if split not in SPLITS:
         raise UnknownName("split", split, SPLITS)
-    if size < 1:
-        raise InvalidValue("size", size, ">= 1")
+    if not 1 <= size <= _SEED_STRIDE:
+        raise InvalidValue("size", size, f"in [1, {_SEED_STRIDE}]")
     if family in REFUSED:
         raise InvalidValue("family", family, "one with verified answers", REFUSED[family])
     seen: set[str] = set()
     prompts: list[Prompt] = []
     for number, name in enumerate(SPLITS):  # earlier splits claim their questions first
         prompts = []
-        for entry in _dataset(family, size, seed * len(SPLITS) + number, config or {}):
+        for entry in _dataset(family, size, (seed * len(SPLITS) + number) * _SEED_STRIDE, config or {}):
             question = str(entry["question"])
             if question not in seen:
                 seen.add(question)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from asn_rl.evaluation.statistics import Interval, bootstrap, stratified_mean
+from asn_rl.evaluation.statistics import Interval, bootstrap, masked_mean, split_by_stratum, stratified_mean
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rewards.compose import RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
@@ -35,20 +35,26 @@ class ArmResult:
     tokens: np.ndarray
     truncated: np.ndarray
     distinct: np.ndarray
-    """(prompts,) share of the samples' word trigrams that occur once among them"""
+    """(prompts,) different word trigrams over all word trigrams of the samples"""
 
     def per_prompt(self) -> np.ndarray:
-        """(prompts,) mean reward."""
-        return np.nanmean(self.rewards, axis=1)
+        """(prompts,) mean reward; NaN where every sample is masked."""
+        return masked_mean(self.rewards)
 
 
 def run_arm(
-    arm: Arm, backend: LogitsBackend, prompts: Sequence[Prompt], config: RolloutConfig, samples: int, seed: int
+    arm: Arm,
+    backend: LogitsBackend,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    samples: int,
+    seed: int,
+    capture: Collection[str] = (),
 ) -> Trajectories:
     """`samples` completions of every prompt under one arm. All arms share their random draws."""
     if not arm.deterministic:
-        return rollout(arm.policy, backend, prompts, config, num_generations=samples, seed=seed)
-    once = rollout(arm.policy, backend, prompts, config, num_generations=1, seed=seed)
+        return rollout(arm.policy, backend, prompts, config, num_generations=samples, seed=seed, capture=capture)
+    once = rollout(arm.policy, backend, prompts, config, num_generations=1, seed=seed, capture=capture)
     return once.select([i for i in range(len(prompts)) for _ in range(samples)])
 
 
@@ -105,8 +111,7 @@ def table(
 
 
 def by_stratum(values: np.ndarray, strata: Sequence[str]) -> Mapping[str, float]:
-    labels = np.asarray(strata)
-    return {label: float(values[labels == label].mean()) for label in sorted(set(strata))}
+    return {label: float(part.mean()) for label, part in split_by_stratum(values, strata).items()}
 
 
 def _as_dict(interval: Interval) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Intervals for means over prompts. A prompt is the unit: its samples are not independent of each other."""
+"""Intervals for means over prompts. A prompt is the unit: its samples are not independent of each other.
+
+NaN is masked everywhere: a prompt without a value counts in no mean and is never resampled.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ def bootstrap(
     For a paired comparison, pass the differences of two policies on the same prompts.
 
     Args:
-        values: (P,) one number a prompt.
+        values: (P,) one number a prompt; NaN: masked.
         strata: P labels; every stratum (a task) weighs the same, and prompts are resampled within theirs.
+
+    Raises:
+        InvalidValue: lists of different lengths, or a stratum without a value.
     """
     if not 0 < level < 1:
         raise InvalidValue("level", level, "in (0, 1)")
-    if len(values) == 0 or len(values) != len(strata):
-        raise InvalidValue("values", len(values), f"one for each of the {len(strata)} strata labels, at least one")
     generator = np.random.default_rng(seed)
-    labels = np.asarray(strata)
-    parts = [values[labels == label] for label in sorted(set(strata))]
+    parts = list(split_by_stratum(values, strata).values())
     draws = sum(part[generator.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts) / len(parts)
     mean = float(np.mean([part.mean() for part in parts]))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
@@ -48,9 +51,26 @@ def bootstrap(
 
 
 def stratified_mean(values: np.ndarray, strata: Sequence[str]) -> float:
-    """Mean over strata of the mean over prompts."""
+    """Mean over strata of the mean over prompts; NaN: masked."""
+    return float(np.mean([part.mean() for part in split_by_stratum(values, strata).values()]))
+
+
+def split_by_stratum(values: np.ndarray, strata: Sequence[str]) -> dict[str, np.ndarray]:
+    """The values of each stratum that are not NaN."""
+    if len(values) == 0 or len(values) != len(strata):
+        raise InvalidValue("values", len(values), f"one for each of the {len(strata)} strata labels, at least one")
     labels = np.asarray(strata)
-    return float(np.mean([values[labels == label].mean() for label in sorted(set(strata))]))
+    parts = {label: values[(labels == label) & ~np.isnan(values)] for label in sorted(set(strata))}
+    for label, part in parts.items():
+        if len(part) == 0:
+            raise InvalidValue(f"values of stratum {label!r}", "only NaN", "at least one number", "all are masked")
+    return parts
+
+
+def masked_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    counted = (~np.isnan(values)).sum(-1)
+    return np.where(counted > 0, np.nansum(values, -1) / np.maximum(counted, 1), np.nan)
 
 
 def split_half_oracle(rewards: np.ndarray, strata: Sequence[str]) -> tuple[float, float]:
@@ -64,11 +84,16 @@ def split_half_oracle(rewards: np.ndarray, strata: Sequence[str]) -> tuple[float
 
     Returns:
         The oracle's mean, and that of the best single arm chosen and scored in the same way.
+
+    Raises:
+        InvalidValue: fewer than two samples a prompt, or a stratum without a value.
     """
-    halves = [np.nanmean(rewards[:, :, i::2], -1) for i in range(2)]  # (A, P) each
+    if rewards.shape[-1] < 2:
+        raise InvalidValue("samples a prompt", rewards.shape[-1], ">= 2", "one half chooses, the other one scores")
+    halves = [masked_mean(rewards[:, :, i::2]) for i in range(2)]  # (A, P) each
     oracle, static = [], []
     for chosen_on, scored_on in (halves, halves[::-1]):
-        best = np.nanargmax(chosen_on, 0)
+        best = np.where(np.isnan(chosen_on), -np.inf, chosen_on).argmax(0)
         oracle.append(stratified_mean(scored_on[best, np.arange(scored_on.shape[1])], strata))
         single = int(np.argmax([stratified_mean(arm, strata) for arm in chosen_on]))
         static.append(stratified_mean(scored_on[single], strata))

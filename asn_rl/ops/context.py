@@ -43,7 +43,7 @@ def entropy(sketch: Sketch) -> Tensor:
 
 
 def varentropy(sketch: Sketch) -> Tensor:
-    """(...) variance of the surprise, nats^2; takes the surprise inside a point as constant (an octave in the tail)."""
+    """(...) variance of the surprise, nats^2; takes the surprise inside a point as constant."""
     mass, surprise = sketch.log_mass.exp(), mean_surprise(sketch)
     return (mass * (surprise - entropy(sketch).unsqueeze(-1)).square()).sum(-1)
 

@@ -4,8 +4,9 @@ A permutation-equivariant decoding policy treats tokens with equal numbers alike
 tokens ("points") instead of on the vocabulary. With `v` the (head + 1)-th largest logit:
 
 - **head**: every token above `v`, one point each. Tied tokens share the point of the first of them.
-- **tail**: all other tokens, by octaves of probability below `v`: bin 0 holds `v` itself and the tokens with
-  `p >= p_v / 2`, bin m those with `p_v / 2^(m+1) <= p < p_v / 2^m`; the last bin also takes everything below.
+- **tail**: all other tokens, binned by their probability relative to that of `v`, finely where the mass is: the first
+  half of the bins are half-octaves (a factor of 4/3 or 3/2 in probability), then come a quarter of octaves (a factor of
+  2) and a quarter of double octaves; the last bin also takes everything below.
 
 A policy shifts the log-weight of each point. Inside a point the base model's proportions stay as they are, so
 probabilities, importance ratios, KL divergences and entropies over the vocabulary follow exactly from the points
@@ -24,6 +25,10 @@ from asn_rl.errors import InvalidLogits, InvalidValue
 
 # exp(-88) is subnormal in fp32: its exponent bits are zero, which marks "no probability" below.
 _FLOOR_NATS = -88.0
+# Exponent and first mantissa bit of a positive fp32 number name its half-octave: 254 is [1, 3/2), 253 [3/4, 1),
+# 252 [1/2, 3/4) and so on; below 2 the number is zero or subnormal.
+_HALF_OCTAVE_SHIFT = 22
+_NOTHING = 2
 # Rows worked on at once: about four temporaries of this many floats then stay inside the L2/L3 cache.
 _CHUNK_ELEMENTS = 1 << 19
 
@@ -35,13 +40,13 @@ class SketchSize:
     head: int = 64
     """most probable tokens that are points of their own"""
     tail: int = 32
-    """octaves of probability below the head, one point each; the last one takes everything below"""
+    """bins of probability below the head, wider and wider; the last one takes everything below"""
 
     def __post_init__(self) -> None:
         if self.head < 1:
             raise InvalidValue("sketch head", self.head, ">= 1", "64 is a good default")
         if not 1 <= self.tail <= 120:
-            raise InvalidValue("sketch tail", self.tail, "in [1, 120]", "32 octaves reach 22 nats below the head")
+            raise InvalidValue("sketch tail", self.tail, "in [1, 120]", "32 bins resolve 22 nats below the head")
 
     @property
     def points(self) -> int:
@@ -166,18 +171,18 @@ def _tail_sums(
     work = _Workspace(chunk, vocab, logits.device)
     one = torch.ones((), device=logits.device)
     start = _tail_start(boundary)
-    tokens = torch.zeros(count, 256, device=logits.device)
-    sums = torch.zeros(2, count, 256, dtype=torch.float64, device=logits.device)
+    tokens = torch.zeros(count, 512, device=logits.device)
+    sums = torch.zeros(2, count, 512, dtype=torch.float64, device=logits.device)
     for low in range(0, count, chunk):
         rows = slice(low, low + chunk)
         weights, shift = work.weigh(logits[rows], start[rows])
         weights.scatter_(-1, head_ids[rows], torch.where(in_head[rows], 0.0, weights.gather(-1, head_ids[rows])))
-        octave = work.octaves(weights)
-        tokens[rows].scatter_add_(-1, octave, one.expand_as(weights))
+        half_octave = work.half_octaves(weights)
+        tokens[rows].scatter_add_(-1, half_octave, one.expand_as(weights))
         # fp32 would lose 1e-3 of the mass when 100k equal weights are added one by one.
-        sums[0, rows].scatter_add_(-1, octave, work.double(weights))
-        sums[1, rows].scatter_add_(-1, octave, work.double(shift.mul_(weights)))
-    fold = _tail_bin(torch.arange(1, 128, device=logits.device), bins)  # octave 0, no probability, is left out
+        sums[0, rows].scatter_add_(-1, half_octave, work.double(weights))
+        sums[1, rows].scatter_add_(-1, half_octave, work.double(shift.mul_(weights)))
+    fold = _tail_bin(torch.arange(_NOTHING, 256, device=logits.device), bins)
     tokens = _folded(tokens, fold, bins)
     mass, weighted_shift = _folded(sums, fold, bins)
     safe_mass = torch.where(mass > 0, mass, 1.0)
@@ -186,7 +191,7 @@ def _tail_sums(
 
 
 def _folded(sums: Tensor, fold: Tensor, bins: int) -> Tensor:
-    return sums.new_zeros(*sums.shape[:-1], bins).index_add_(-1, fold, sums[..., 1:128])
+    return sums.new_zeros(*sums.shape[:-1], bins).index_add_(-1, fold, sums[..., _NOTHING:256])
 
 
 class _Workspace:
@@ -195,8 +200,8 @@ class _Workspace:
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.shift = torch.empty(rows, vocab, device=device)
         self.weights = torch.empty(rows, vocab, device=device)
-        self.octave32 = torch.empty(rows, vocab, dtype=torch.int32, device=device)
-        self.octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
+        self.half_octave32 = torch.empty(rows, vocab, dtype=torch.int32, device=device)
+        self.half_octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
         self.wide = torch.empty(rows, vocab, dtype=torch.float64, device=device)
 
     def weigh(self, logits: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,11 +210,10 @@ class _Workspace:
         shift = torch.sub(logits, start, out=self.shift[:rows]).clamp_(min=_FLOOR_NATS)
         return torch.exp(shift, out=self.weights[:rows]), shift
 
-    def octaves(self, weights: Tensor) -> Tensor:
-        """Raw octave of the weights: fp32 exponent bits. 127: [1, 2), 126: [1/2, 1), ..., 0: no probability."""
+    def half_octaves(self, weights: Tensor) -> Tensor:
         rows = len(weights)
-        bits = torch.bitwise_right_shift(weights.view(torch.int32), 23, out=self.octave32[:rows])
-        return self.octave[:rows].copy_(bits)
+        bits = torch.bitwise_right_shift(weights.view(torch.int32), _HALF_OCTAVE_SHIFT, out=self.half_octave32[:rows])
+        return self.half_octave[:rows].copy_(bits)
 
     def double(self, values: Tensor) -> Tensor:
         return self.wide[: len(values)].copy_(values)
@@ -220,9 +224,15 @@ def _tail_start(boundary: Tensor) -> Tensor:
     return torch.where(boundary > -math.inf, boundary, math.inf)
 
 
-def _tail_bin(octave: Tensor, bins: int) -> Tensor:
-    """Raw octave of a tail token -> bin in [0, bins)."""
-    return (126 - octave).clamp(0, bins - 1)
+def _tail_bin(half_octave: Tensor, bins: int) -> Tensor:
+    """Half-octave of a weight relative to `v`, as the bits say it -> bin in [0, bins)."""
+    below = (253 - half_octave).clamp_min(0)  # 0: [3/4, 1], 1: [1/2, 3/4), 2: [3/8, 1/2), ...
+    octaves, doubles = bins // 4 * 2, bins // 4 * 3  # the first bin that is an octave, a double octave
+    rest = below - octaves  # half-octaves below the half-octave bins
+    wide = torch.where(
+        rest < 2 * (doubles - octaves), octaves + rest // 2, doubles + (rest // 2 - doubles + octaves) // 2
+    )
+    return torch.where(rest < 0, below, wide).clamp_max(bins - 1)
 
 
 def token_points(logits: Tensor, points: PointMap) -> Tensor:
@@ -277,8 +287,9 @@ def expand(logits: Tensor, points: PointMap, shift: Tensor) -> Tensor:
 def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:
     """Point of tail tokens with these logits, -1 for impossible ones; meaningless for head tokens."""
     weights = (values - _tail_start(points.boundary)).clamp_(min=_FLOOR_NATS).exp()
-    octave = weights.view(torch.int32) >> 23
-    return torch.where(octave > 0, points.size.head + _tail_bin(octave, points.size.tail), -1).long()
+    half_octave = weights.view(torch.int32) >> _HALF_OCTAVE_SHIFT
+    bins = points.size.head + _tail_bin(half_octave, points.size.tail)
+    return torch.where(half_octave >= _NOTHING, bins, -1).long()
 
 
 def _choose_in_tail(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from asn_rl.ops.losses import aggregate, clipped_surrogate
 from asn_rl.protocols import LogitsBackend
 from asn_rl.rewards.compose import RewardResult, RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
-from asn_rl.runs import append_jsonl, console, progress
+from asn_rl.runs import console, progress, write_jsonl
 from asn_rl.types import Prompt, Trajectories
 
 
@@ -150,7 +150,7 @@ def train(
     Raises:
         TrainingError: a step with reward differences gave no trainable parameter a gradient, or the loss is not finite.
     """
-    trainer = _Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {})
+    trainer = Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {})
     trainer.resume()
     try:
         with (
@@ -174,7 +174,9 @@ def train(
     return policy
 
 
-class _Trainer:
+class Trainer:
+    """The state of a run: policy, reference, optimiser, KL coefficient and step number; see `train`."""
+
     def __init__(
         self,
         policy: nn.Module,
@@ -225,7 +227,7 @@ class _Trainer:
             "time/tokens_per_second": len(trajectories.points) / (rolled - begin),
         }
         log.log(self.step, metrics)
-        append_jsonl(self.run / "rollouts" / f"step-{self.step:06d}.jsonl", records(trajectories, result, self.step))
+        write_jsonl(self.run / "rollouts" / f"step-{self.step:06d}.jsonl", records(trajectories, result, self.step))
         if self.step % self.config.save_every == 0 or self.step == self.config.steps:
             log.log_texts(
                 self.step, "completions", records(trajectories, result, self.step)[: self.config.log_completions]
@@ -334,9 +336,11 @@ def minibatch_loss(
 
 
 def adapted_beta(beta: float, divergence: float, target: float) -> float:
-    """Proportional control of the KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, section 2.2)."""
-    error = float(np.clip(divergence / target - 1, -0.2, 0.2))
-    return beta * (1 + 0.5 * error)
+    """Twice the coefficient when the divergence exceeds 1.5 times its target, half when it falls below target / 1.5
+    (PPO's adaptive penalty, Schulman et al. 2017, arXiv:1707.06347, section 4)."""
+    if divergence > 1.5 * target:
+        return 2 * beta
+    return beta / 2 if divergence < target / 1.5 else beta
 
 
 def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:

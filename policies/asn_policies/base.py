@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -27,9 +28,12 @@ class PolicyModule(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))
+        signature = inspect.signature(cls.__init__)
+        # copy.deepcopy calls this without arguments and then copies the attributes, `arguments` among them.
+        with contextlib.suppress(TypeError):
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            object.__setattr__(self, "arguments", dict(list(bound.arguments.items())[1:]))
         return self
 
     arguments: dict[str, Any]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from asn_policies import DistributionAwareTransform, LocalTransform, PolicyModule, SamplingNetwork
 from torch import Tensor
 from torch.nn import functional as F
 
+from asn_policies import DistributionAwareTransform, LocalTransform, PolicyModule, SamplingNetwork
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.sketch import SketchSize, build_sketch, expand
 from asn_rl.types import Observation
@@ -133,6 +133,22 @@ def test_with_every_token_a_point_it_is_the_full_network(name: str, smollm_logit
     assert total_variation(full, base).max() > 0.01, "the weights must matter for the comparison to say anything"
     torch.testing.assert_close(points.exp(), full.exp(), rtol=0, atol=1e-6)
     torch.testing.assert_close(points, full, rtol=0, atol=3e-5)  # measured 7e-6, down to log-probabilities of -40
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_point_of_equal_tokens_counts_as_often_as_it_holds_tokens(name: str) -> None:
+    """600 tokens on 17 values, and 50 impossible ones, which count nowhere."""
+    build, formula = NETWORKS[name]
+    generator = torch.Generator().manual_seed(1)
+    possible = torch.randint(-8, 9, (2, 600), generator=generator).float()
+    torch.manual_seed(1)
+    policy = randomized(build(), 1)
+    full = over_vocabulary(policy, formula, possible)
+    padded = torch.cat([possible, torch.full((2, 50), -math.inf)], -1)
+    points = on_points(policy, padded, SketchSize(600, 1))
+    assert total_variation(full, torch.log_softmax(possible.double(), -1)).max() > 1e-3
+    torch.testing.assert_close(points[:, :600], full, rtol=0, atol=1e-5)
+    assert (points[:, 600:] == -math.inf).all()
 
 
 @pytest.mark.parametrize("name", ["local", "distribution, dynamic", "distribution, static"])

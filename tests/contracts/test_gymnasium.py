@@ -12,14 +12,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from asn_envs.decoding import DecodingEnv
-from asn_envs.toy import LENGTH, ToyDecodingVectorEnv
-from asn_envs.vector import DecodingVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
 
+from asn_envs.decoding import DecodingEnv
+from asn_envs.toy import LENGTH, ToyDecodingVectorEnv
+from asn_envs.vector import DecodingVectorEnv
 from asn_rl.backends.hf import HFBackend
 
 DECODING = "asn_envs:asn/Decoding-v0"

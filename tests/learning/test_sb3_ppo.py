@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 
 import gymnasium as gym
-from asn_envs.toy import STATES, base_return, optimal_return, order_keeping_return
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env
 from torch import Tensor
+
+from asn_envs.toy import STATES, base_return, optimal_return, order_keeping_return
 
 TOY = "asn_envs:asn/ToyDecoding-v0"
 

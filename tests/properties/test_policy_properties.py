@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from asn_policies import DistributionAwareTransform, LocalTransform, Pipeline, PolicyModule, SamplingNetwork
-from asn_policies.cost import measure_cost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asn_policies import DistributionAwareTransform, LocalTransform, Pipeline, PolicyModule, SamplingNetwork
+from asn_policies.cost import measure_cost
 from asn_rl.checkpoint import load_policy
 from asn_rl.errors import CheckpointError, InvalidValue
 from asn_rl.ops import logprobs
@@ -311,7 +311,8 @@ def test_gradients_are_finite_with_empty_points(name: str, logits: Tensor, seed:
 
 def test_without_scale_the_multiplier_is_one() -> None:
     """The published code multiplies by softplus(1) = 1.3133 there."""
-    policy = randomized(SamplingNetwork(16, 24, 2, 2, scale=False), 0)
+    policy = SamplingNetwork(16, 24, 2, 2, scale=False)
+    randomized(policy, 0)
     for layer in (policy.transform, policy.gate):
         layer.starting_at(0.0)
     obs, _ = observe(3 * torch.randn(4, 40, generator=torch.Generator().manual_seed(0)))

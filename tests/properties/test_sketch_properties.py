@@ -51,12 +51,18 @@ def oracle_points(logits: Tensor, size: SketchSize) -> list[int]:
     ranked = sorted(values, reverse=True)
     v = ranked[size.head] if len(ranked) > size.head else -INF
 
+    edges, low = [], 1.0  # lower ends of the bins, relative to the probability of v
+    for i in range(size.tail):
+        narrow = 0.75 if i % 2 == 0 else 2 / 3
+        low *= narrow if i < size.tail // 4 * 2 else 0.5 if i < size.tail // 4 * 3 else 0.25
+        edges.append(low)
+
     def point(x: float) -> int:
         if x == -INF:
             return -1
         if x > v:
             return sum(other > x for other in values)
-        return size.head + min(math.floor((v - x) / math.log(2)), size.tail - 1)
+        return size.head + min(sum(math.exp(x - v) < edge for edge in edges), size.tail - 1)
 
     return [point(x) for x in values]
 
@@ -298,7 +304,7 @@ def test_tokens_are_drawn_in_proportion_to_the_base_model() -> None:
     for point in sketch.mask[0].nonzero().squeeze(-1).tolist():
         uniforms = torch.rand(draws, generator=generator, dtype=torch.float64)
         tokens = choose_tokens(rows, points, torch.full((draws,), point), uniforms)
-        members = (token_points(logits, points.index(0)) == point).nonzero().squeeze(-1)
+        members = (token_points(logits, points.index((0,))) == point).nonzero().squeeze(-1)
         expected = draws * torch.softmax(logits[members].double(), -1)
         observed = torch.bincount(tokens, minlength=len(logits))[members].double()
         assert observed.sum() == draws, "a token of another point was drawn"
@@ -361,8 +367,8 @@ def test_head_and_tail_are_configurable(size: SketchSize) -> None:
     assert sketch.log_mass.shape == (3, size.head + size.tail) == (3, size.points)
     for row in range(3):
         expected = oracle_sketch(logits[row], size)
-        assert_close(sketch.index(row).log_mass, expected.log_mass)
-        assert_close(sketch.index(row).inner_entropy, expected.inner_entropy)
+        assert_close(sketch.index((row,)).log_mass, expected.log_mass)
+        assert_close(sketch.index((row,)).inner_entropy, expected.inner_entropy)
         assert token_points(logits, points)[row].tolist() == oracle_points(logits[row], size)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asn_envs.decoding import DecodingEnv
 from gymnasium.error import ResetNeeded
 
+from asn_envs.decoding import DecodingEnv
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import DataError, InvalidLogits, InvalidValue, RewardError, UnknownName
 from asn_rl.types import Prompt

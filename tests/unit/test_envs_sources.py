@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asn_envs.sources import as_backend, as_prompts, as_reward, find_prompt
 
+from asn_envs.sources import as_backend, as_prompts, as_reward, find_prompt
 from asn_rl.backends import BackendConfig
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import DataError, InvalidValue, RewardError, UnknownName

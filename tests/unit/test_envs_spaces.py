@@ -8,11 +8,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from asn_envs.decoding import DecodingEnv
-from asn_envs.spaces import POINT_FEATURES, as_dict, observation_space, point_features, resolve_points
 from gymnasium.spaces import Box
 from torch import Tensor
 
+from asn_envs.decoding import DecodingEnv
+from asn_envs.spaces import POINT_FEATURES, as_dict, observation_space, point_features, resolve_points
 from asn_rl.ops.context import CONTEXT, context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch
 from asn_rl.types import Observation

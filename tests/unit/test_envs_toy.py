@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from asn_envs.toy import (
     EOS,
     LENGTH,
@@ -21,7 +23,6 @@ from asn_envs.toy import (
     right_words,
     toy_table,
 )
-from torch import Tensor
 
 
 def brute_force(choice: Tensor, length: int) -> float:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asn_envs.decoding import DecodingEnv
-from asn_envs.vector import DecodingVectorEnv
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
+from asn_envs.decoding import DecodingEnv
+from asn_envs.vector import DecodingVectorEnv
 from asn_rl.backends.toy import ToyBackend, ToySession
 from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.ops.sketch import invert_cdf

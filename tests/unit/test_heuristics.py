@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from asn_policies import Pipeline
-from asn_policies.heuristics import RULES, grid, make_rule, read_pipelines
 from torch import Tensor
 
+from asn_policies import Pipeline
+from asn_policies.heuristics import RULES, grid, make_rule, read_pipelines
 from asn_rl.errors import ConfigError, InvalidValue, UnknownName
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch
@@ -43,26 +44,29 @@ def kept(steps: list[Step], probs: list[float], size: SketchSize | None = None) 
     return [round(p, 4) for p in logps.exp().tolist()]
 
 
-P = [0.5, 0.25, 0.125, 0.125 / 2, 0.125 / 4, 0.125 / 4 - 0.001, 0.001]
+P = [0.5, 0.25, 0.12, 0.06, 0.04, 0.02, 0.01]
+"""Entropy 1.3695 nats."""
+SQUARED = [round(p * p / sum(q * q for q in P), 4) for p in P]
+TWO = [0.6667, 0.3333, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
         ([step("greedy")], [1, 0, 0, 0, 0, 0, 0]),
-        ([step("temperature", temperature=0.5)], [round(p * p / sum(q * q for q in P), 4) for p in P]),
-        ([step("top_k", top_k=2)], [0.6667, 0.3333, 0, 0, 0, 0, 0]),
-        ([step("top_k", top_k=100)], [round(p, 4) for p in P]),
-        ([step("top_p", top_p=0.74)], [0.6667, 0.3333, 0, 0, 0, 0, 0]),
-        ([step("top_p", top_p=0.76)], [0.5714, 0.2857, 0.1429, 0, 0, 0, 0]),
-        ([step("top_p", top_p=1.0)], [round(p, 4) for p in P]),
-        ([step("min_p", min_p=0.3)], [0.6667, 0.3333, 0, 0, 0, 0, 0]),
-        ([step("min_p", min_p=0.0)], [round(p, 4) for p in P]),
-        ([step("epsilon", epsilon=0.2)], [0.6667, 0.3333, 0, 0, 0, 0, 0]),
+        ([step("temperature", temperature=0.5)], SQUARED),
+        ([step("top_k", top_k=2)], TWO),
+        ([step("top_k", top_k=100)], P),
+        ([step("top_p", top_p=0.74)], TWO),
+        ([step("top_p", top_p=0.76)], [0.5747, 0.2874, 0.1379, 0, 0, 0, 0]),
+        ([step("top_p", top_p=1.0)], P),
+        ([step("min_p", min_p=0.3)], TWO),
+        ([step("min_p", min_p=0.0)], P),
+        ([step("epsilon", epsilon=0.2)], TWO),
         ([step("epsilon", epsilon=0.9)], [1, 0, 0, 0, 0, 0, 0]),
-        ([step("top_h", alpha=1.0)], [round(p, 4) for p in P]),
-        ([step("mirostat", tau=1.2)], [0.6667, 0.3333, 0, 0, 0, 0, 0]),  # mu = 2.4 bits: 1/2 and 1/4
-        ([step("edt", temperature=0.5, theta=0.0)], [round(p * p / sum(q * q for q in P), 4) for p in P]),
+        ([step("top_h", alpha=1.0)], P),
+        ([step("mirostat", tau=1.2)], TWO),  # mu = 2.4 bits: 1/2 and 1/4
+        ([step("edt", temperature=0.5, theta=0.0)], SQUARED),
     ],
 )
 def test_rules_on_a_distribution_worked_by_hand(steps: list[Step], expected: list[float]) -> None:
@@ -70,15 +74,16 @@ def test_rules_on_a_distribution_worked_by_hand(steps: list[Step], expected: lis
 
 
 def test_typical_may_drop_the_most_probable_token() -> None:
-    """H = 1.28 nats: 0.25 (1.39) is closest to it, then 0.125 (2.08), then 0.5 (0.69)."""
+    """0.25 (1.386 nats) is closest to the entropy, then 0.5 (0.693), then 0.12 (2.120)."""
     assert kept([step("typical", mass=0.2)], P) == [0, 1, 0, 0, 0, 0, 0]
+    assert kept([step("typical", mass=0.3)], P) == TWO
 
 
 def test_eta_falls_with_the_entropy() -> None:
-    """sqrt(0.01) exp(-H) is 0.001 for 100 equal tokens, which epsilon = 0.01 ... 0.02 alone would all cut."""
-    flat = [0.01] * 100
-    assert kept([step("eta", epsilon=0.02)], [*flat[:-1], 0.009, 0.001], SketchSize(4, 8)) != [1.0]
-    assert kept([step("eta", epsilon=0.2)], P) == kept([step("epsilon", epsilon=math.sqrt(0.2) * math.exp(-1.3))], P)
+    """sqrt(0.2) exp(-H) is 0.114 for P, below epsilon = 0.2, and 0.30 where the model is sure, above it."""
+    assert kept([step("eta", epsilon=0.2)], P) == [0.5747, 0.2874, 0.1379, 0, 0, 0, 0]
+    assert kept([step("epsilon", epsilon=0.2)], P) == TWO
+    assert kept([step("eta", epsilon=0.2)], [0.75, 0.21, 0.04]) == [0.7812, 0.2188, 0]
 
 
 def test_top_n_sigma_cuts_by_the_deviation_of_the_logits() -> None:
@@ -160,7 +165,7 @@ ILLEGAL = [
     ("mirostat", {"eta": 1.5}, r"mirostat.eta must be in \(0, 1\], got 1.5"),
     ("mirostat", {"version": 3}, "mirostat.version must be 1 or 2, got 3"),
     *(
-        (name, {**params, "min_tokens_to_keep": least}, f"{name}.min_tokens_to_keep must be an integer >= 1, got {least}")
+        (name, {**params, "min_tokens_to_keep": least}, f"{name}.min_tokens_to_keep must be an integer >= 1")
         for name, params in {
             "top_k": {"top_k": 3}, "top_p": {"top_p": 0.5}, "min_p": {"min_p": 0.5}, "typical": {"mass": 0.5},
             "epsilon": {"epsilon": 0.5}, "eta": {"epsilon": 0.5}, "top_n_sigma": {"n": 1.0}, "top_h": {"alpha": 0.5},
@@ -177,12 +182,7 @@ def test_illegal_parameters_are_refused_with_the_allowed_range(name: str, params
 
 
 def test_every_parameter_of_every_rule_has_an_illegal_value_above() -> None:
-    import dataclasses
-
-    tried = {
-        (name, parameter) for name, params, message in ILLEGAL for parameter in params if f".{parameter}" in message
-    }
-    tried |= {("temperature", "temperature"), ("top_p", "top_p")}
+    tried = {(name, key) for name, params, message in ILLEGAL for key in params if f"{name}.{key} must" in message}
     existing = {(rule.name, field.name) for rule in RULES.values() for field in dataclasses.fields(rule)}
     assert existing == tried
 
@@ -190,9 +190,9 @@ def test_every_parameter_of_every_rule_has_an_illegal_value_above() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (step("topp", top_p=0.9), UnknownName, "unknown heuristic 'topp'. Did you mean 'top_p'?"),
+        (step("topp", top_p=0.9), UnknownName, "unknown heuristic 'topp'. Did you mean 'top_p'"),
         (step("nothing"), UnknownName, "Known: edt, epsilon, eta, greedy, min_p, mirostat, temperature, top_h, top_k"),
-        (step("top_p", p=0.9), UnknownName, "unknown parameter of heuristic 'top_p' 'p'. Did you mean 'top_p'?"),
+        (step("top_p", topp=0.9), UnknownName, "unknown parameter of heuristic 'top_p' 'topp'. Did you mean 'top_p'"),
         (step("greedy", top_k=1), UnknownName, "unknown parameter of heuristic 'greedy' 'top_k'"),
         (step("top_p"), ConfigError, "heuristic 'top_p': .*missing.*'top_p'.*parameters: min_tokens_to_keep, top_p"),
         (step("top_p", top_p="0.9"), ConfigError, "heuristic 'top_p': .*'str'"),
@@ -237,7 +237,7 @@ def test_the_order_of_a_pipeline_matters() -> None:
 
 
 def test_an_empty_pipeline_is_the_base_model() -> None:
-    assert kept([], P) == [round(p, 4) for p in P]
+    assert kept([], P) == P
 
 
 def run(policy: Pipeline, surprises: list[float]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -339,7 +339,6 @@ def test_a_missing_or_binary_file_is_a_config_error(tmp_path: Path) -> None:
 def test_grids_have_the_published_sizes_and_unique_names(kind: str, family: str, count: int) -> None:
     entries = grid(kind, family)
     assert len(entries) == len({entry["name"] for entry in entries}) == count
-    assert len({repr(entry["processors"]) for entry in entries}) == count
     assert all(entry["processors"][0]["name"] == "temperature" for entry in entries)
     for entry in entries:
         Pipeline(entry["processors"], title=entry["name"])
@@ -349,10 +348,9 @@ def test_grid_temperatures_are_the_published_ones() -> None:
     heats = {entry["processors"][0]["params"]["temperature"] for entry in grid("full")}
     assert sorted(heats) == [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.7, 2.1, 2.5]
     filtered = grid("filtered")
-    by_rule = {name: {e["processors"][0]["params"]["temperature"] for e in filtered if e["processors"][-1]["name"] == name}
-               for name in ("top_k", "min_p")}  # fmt: skip
-    assert max(by_rule["top_k"]) == 1.4
-    assert max(by_rule["min_p"]) == 2.1
+    for name, hottest in (("top_k", 1.4), ("epsilon", 1.4), ("min_p", 2.1)):
+        ending = [entry["processors"][0]["params"] for entry in filtered if entry["processors"][-1]["name"] == name]
+        assert max(params["temperature"] for params in ending) == hottest
 
 
 def test_official_extras_keep_their_order() -> None:
@@ -363,7 +361,7 @@ def test_official_extras_keep_their_order() -> None:
 
 
 def test_unknown_grids_and_families() -> None:
-    with pytest.raises(UnknownName, match="unknown grid 'ful'. Did you mean 'full'"):
+    with pytest.raises(UnknownName, match=r"unknown grid 'ful'\. Did you mean 'full'"):
         grid("ful")
-    with pytest.raises(UnknownName, match="unknown model family 'lama'. Did you mean 'llama'"):
+    with pytest.raises(UnknownName, match=r"unknown model family 'lama'\. Did you mean 'llama'"):
         grid("full", "lama")

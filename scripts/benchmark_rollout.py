@@ -1,0 +1,82 @@
+"""Rollout tokens a second with a policy, against `transformers.generate` sampling at T = 1.
+
+The same 64 ragged chat prompts, natural lengths (until the end of the turn or the token limit). The policy is fresh,
+that is: the base model, so both sides sample from the same distribution; end-of-turn tokens are the same, too.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from asn_rl.threads import limit_spinning, set_threads
+
+limit_spinning()
+
+import torch
+from _benchmark import finish, options
+
+from asn_policies import OrderStatisticsNetwork
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.backends.hf import HFBackend
+from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.types import Prompt
+
+GOAL = 2.0
+_TOPICS = ("the sea", "a small town in winter", "the history of bread", "how bicycles stay upright", "a lost letter")
+_TASKS = (
+    "Name three facts about {}.",
+    "Write one sentence about {} for a child who has never heard of it before.",
+    "I am preparing a short talk about {}. My listeners are curious, but they have no background at all, and I have "
+    "only two minutes. Which single point should I make, and how should I open? Please answer briefly and plainly.",
+    "What is {} to you?",
+)
+
+
+def main() -> int:
+    arguments = options(
+        __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 64", prompts=64, tokens=64
+    )
+    set_threads(arguments.threads)
+    tokens = min(arguments.tokens, 20) if arguments.quick else arguments.tokens
+    backend = load_backend(BackendConfig())
+    assert isinstance(backend, HFBackend)
+    prompts = [
+        Prompt(str(i), _TASKS[i % len(_TASKS)].format(_TOPICS[i % len(_TOPICS)]) + " Thank you." * (i % 7))
+        for i in range(arguments.prompts)
+    ]
+    rounds = 1 if arguments.quick else 3
+    ours, theirs = [], []
+    for seed in range(rounds):
+        ours.append(_ours(backend, prompts, tokens, seed))
+        theirs.append(_theirs(backend, prompts, tokens, seed))
+        print(f"round {seed}: rollout {ours[-1]:.0f} tokens/s, generate {theirs[-1]:.0f} tokens/s")
+    lengths = [len(backend.encode(prompt.content)) for prompt in prompts]
+    print(f"{len(prompts)} prompts of {min(lengths)}-{max(lengths)} tokens, limit {tokens}, {backend.model.dtype}")
+    return finish("benchmark_rollout", sum(ours) / sum(theirs), GOAL, at_least=True)
+
+
+def _ours(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> float:
+    begin = time.perf_counter()
+    trajectories = rollout(OrderStatisticsNetwork(), backend, prompts, RolloutConfig(max_new_tokens=tokens), seed=seed)
+    return len(trajectories.points) / (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> float:
+    torch.manual_seed(seed)
+    eos = sorted(backend.eos_token_ids)
+    begin = time.perf_counter()
+    texts = [backend.tokenizer.decode(backend.encode(prompt.content)) for prompt in prompts]
+    batch = backend.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    output = backend.model.generate(
+        **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, eos_token_id=eos,
+        pad_token_id=eos[0],
+    )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+    ended = torch.isin(output, torch.tensor(eos))
+    generated = torch.where(ended.any(1), ended.int().argmax(1) + 1, output.shape[1])
+    return int(generated.sum()) / (time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Rewards for the toy backend that read only the completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asn_rl.backends.toy import ToyBackend
+
+TOY = ToyBackend.random(vocab=32, seed=0)
+
+
+def second_choice(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Share of the words that are the second most probable continuation of the word before.
+
+    No temperature or truncation can make the second choice likelier than the first.
+    """
+    scores: list[float | None] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        words = [prompt.split()[-1], *completion.split()]
+        ranks = [
+            int((TOY.table[TOY.ids[before]] > TOY.table[TOY.ids[before], TOY.ids[word]]).sum())
+            for before, word in zip(words, words[1:], strict=False)
+        ]
+        scores.append(sum(rank == 1 for rank in ranks) / len(ranks) if ranks else 0.0)
+    return scores
+
+
+def constant(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    return [0.5] * len(completions)
+
+
+def interrupt(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Ctrl-C in the middle of the third call."""
+    global calls
+    calls += 1
+    if calls == 3:
+        raise KeyboardInterrupt
+    return second_choice(prompts, completions)
+
+
+calls = 0
