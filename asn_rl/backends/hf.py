@@ -8,6 +8,7 @@ acts on the distribution: the model's `generation_config` is used for its end-of
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from asn_rl.backends.embedded import resolve_model
-from asn_rl.backends.kv_cache import drop_rows, is_row_cache, row_cache
+from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
 from asn_rl.errors import BackendError, InvalidValue
 from asn_rl.types import Messages
 
@@ -63,13 +64,26 @@ class HFBackend:
         self.chat_template = chat_template
         self.system_prompt = system_prompt
         config = model.config.get_text_config()
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int
+        self.hidden_size: int  # of what the output embedding reads; some models project before it
+        self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.device = torch.device(model.device)
         self.fingerprint = _fingerprint(model, tokenizer)
+        parameters = inspect.signature(model.forward).parameters
+        # Models without it count positions by slot (ALiBi) or from the mask.
+        self._takes_positions = "position_ids" in parameters
+        caches = [name for name in ("past_key_values", "cache_params") if name in parameters]
+        if not caches:
+            raise BackendError(
+                f"{type(model).__name__} takes no transformers cache (past_key_values or cache_params); use another "
+                "base model"
+            )
+        self._cache_name = caches[0]
         self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
+        if has_recurrent_layers(row_cache(model.config)):
+            self._check_decoding()
 
     @classmethod
     def from_config(cls, config: BackendConfig) -> HFBackend:
@@ -121,11 +135,29 @@ class HFBackend:
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and hidden states (B, D) at the last column of `ids`."""
+        explicit: dict[str, Any] = {self._cache_name: cache}
+        if self._takes_positions:
+            explicit["position_ids"] = positions
         with _CaptureHidden(self.model) as captured:
-            output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            )
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **explicit)
         return output.logits[:, -1], captured.value[:, -1]
+
+    def _check_decoding(self) -> None:
+        """Refuse a model that decodes a padded batch differently from one sequence: some recurrent ones do."""
+        ids = [(17 * i + 3) % self.vocab_size for i in range(12)]
+        rows = [ids[:2], ids[:6]]
+        session = self.start(rows)
+        for token in ids[6:]:
+            session.step(torch.full((2,), token, device=self.device))
+            rows = [[*row, token] for row in rows]
+            for row, batched in zip(rows, session.logits.float(), strict=True):
+                alone = self.score(row, row[:1])[0][0].float()
+                # Rounding in bf16 gives about 0.01 here, a lost state 0.3.
+                if not (batched - alone).norm() < 0.2 * (alone - alone.mean()).norm():
+                    raise BackendError(
+                        f"{type(self.model).__name__} decodes a left-padded batch with a cache differently from single "
+                        "sequences in this version of transformers; use another base model"
+                    )
 
     def _prefill(
         self, prompt_ids: Sequence[Sequence[int]], repeats: int
@@ -140,7 +172,7 @@ class HFBackend:
         cache = row_cache(self.model.config)
         if not is_row_cache(cache):
             mask, logits, hidden = self._prefill_chunk(list(distinct), max(map(len, distinct)), 0, cache)
-            cache.batch_select_indices(owner)
+            cache.reorder_cache(owner)  # type: ignore[arg-type]
             return cache, mask[owner], logits[owner], hidden[owner]
 
         prefix = self._shared_prefix(list(distinct))
@@ -180,7 +212,8 @@ class HFBackend:
         return mask, logits, hidden
 
     def _shared_prefix(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
-        if len(prompt_ids) == 1:
+        # A shared beginning leaves a gap before shorter prompts, which only explicit positions bridge.
+        if len(prompt_ids) == 1 or not self._takes_positions:
             return ()
         low, high = min(map(tuple, prompt_ids)), max(map(tuple, prompt_ids))  # what these share, all share
         common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

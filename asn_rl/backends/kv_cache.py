@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 _GROWTH = 64  # slots added at a time
 
@@ -103,6 +103,10 @@ def is_row_cache(cache: DynamicCache) -> bool:
     return bool(cache.layers) and all(isinstance(layer, RowLayer) for layer in cache.layers)
 
 
+def has_recurrent_layers(cache: DynamicCache) -> bool:
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
 def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
     """Remove finished rows (B,); returns the old indices of the remaining rows in their new order."""
     order = torch.arange(len(finished), device=finished.device)
@@ -115,5 +119,6 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
         for layer in cache.layers:
             layer.move_rows(movers, holes, remaining)  # type: ignore[attr-defined]
     else:
-        cache.batch_select_indices(order)
+        # Unlike batch_select_indices, every kind of layer has it.
+        cache.reorder_cache(order)  # type: ignore[arg-type]
     return order

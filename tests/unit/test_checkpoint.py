@@ -123,7 +123,7 @@ def test_a_damaged_configuration_is_refused(folder: Path, content: bytes):
 
 def test_a_newer_format_asks_for_an_upgrade_whatever_else_it_says(folder: Path):
     edit(folder, format_version=2, a_key_of_the_future=1)
-    with pytest.raises(CheckpointError, match="format version 2.*reads up to 1; upgrade asn_rl"):
+    with pytest.raises(CheckpointError, match=r"format version 2.*reads up to 1; upgrade asn_rl"):
         load_policy(folder)
 
 
@@ -135,7 +135,7 @@ def test_weights_of_another_shape_are_refused(folder: Path):
 
 def test_arguments_the_class_does_not_take_are_refused(folder: Path):
     edit(folder, arguments={"hidden": 8, "depth": 2})
-    with pytest.raises(CheckpointError, match="does not take the arguments.*depth"):
+    with pytest.raises(CheckpointError, match=r"does not take the arguments.*depth"):
         load_policy(folder)
 
 
@@ -145,7 +145,9 @@ def test_another_class_is_refused_by_from_pretrained(folder: Path):
 
 
 def test_another_base_model_is_refused(folder: Path):
-    with pytest.raises(CheckpointError, match="trained on base model 'toy' .fingerprint toy-1.*uses one with .* toy-2"):
+    with pytest.raises(
+        CheckpointError, match=r"trained on base model 'toy' .fingerprint toy-1.*uses one with .* toy-2"
+    ):
         check_compatible(folder, fingerprint="toy-2")
     with pytest.raises(CheckpointError, match="use the same base model"):
         LocalTransform.from_pretrained(folder, fingerprint="toy-2")
@@ -271,7 +273,7 @@ def test_a_missing_or_truncated_state_is_refused(tmp_path: Path, name: str, keep
     (tmp_path / name).unlink()
     if keep is not None:
         (tmp_path / name).write_bytes(content[:keep])
-    with pytest.raises(CheckpointError, match="damaged or missing.*Remove that checkpoint"):
+    with pytest.raises(CheckpointError, match=r"damaged or missing.*Remove that checkpoint"):
         load_state(tmp_path)
 
 
@@ -345,7 +347,7 @@ def test_a_disk_that_is_full_for_the_weights_is_the_same(folder: Path, monkeypat
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write .*policy"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*policy"):
         save_policy(tmp_path / "file" / "policy", LocalTransform(8))
 
 

@@ -21,7 +21,11 @@ BASE = Arm("T=1", Pipeline([]))
 
 def result(name: str, rewards: list[list[float]], **values: Any) -> ArmResult:
     array = np.array(rewards)
-    defaults = {"tokens": np.ones(array.shape), "truncated": np.zeros(array.shape, bool), "distinct": np.ones(len(array))}
+    defaults = {
+        "tokens": np.ones(array.shape),
+        "truncated": np.zeros(array.shape, bool),
+        "distinct": np.ones(len(array)),
+    }
     return ArmResult(name, array, **{**defaults, **values})
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def test_splits_divide_a_list_in_order_without_overlap(count: int):
 
 
 def test_splits_have_their_declared_shares():
-    assert {split: len(split_slice(range(100), split)) for split in SPLITS} == {"train": 50, "selection": 20, "test": 30}
+    assert {split: len(split_slice(range(100), split)) for split in SPLITS} == {
+        "train": 50,
+        "selection": 20,
+        "test": 30,
+    }
 
 
 @pytest.mark.parametrize("source", ["arithmetic", "open_ended", "mixture"])
@@ -81,7 +85,7 @@ def test_a_split_is_a_function_of_the_seed(source: str):
 
 @pytest.mark.parametrize("source", ["arithmetic", "open_ended", "mixture", "reasoning_gym"])
 def test_an_unknown_split_is_refused_with_a_suggestion(source: str):
-    with pytest.raises(UnknownName, match="unknown split 'tset'. Did you mean 'test'"):
+    with pytest.raises(UnknownName, match=r"unknown split 'tset'. Did you mean 'test'"):
         load(source, "tset")
 
 
@@ -125,7 +129,7 @@ def test_a_limit_takes_prompts_evenly_and_a_large_one_takes_all():
     few = load("arithmetic", limit=5)
     places = [everything.index(prompt) for prompt in few]
     assert len(few) == 5
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(places)]
     assert max(gaps) - min(gaps) <= 1
     assert load("arithmetic", limit=10_000) == everything
 
@@ -254,7 +258,7 @@ def test_where_questions_are_few_the_splits_still_share_none():
 
 
 def test_families_without_verified_answers_are_refused():
-    with pytest.raises(InvalidValue, match="family must be one with verified answers.*; differs between processes"):
+    with pytest.raises(InvalidValue, match=r"family must be one with verified answers.*; differs between processes"):
         load("reasoning_gym", family="word_ladder")
 
 
@@ -300,7 +304,10 @@ def test_a_step_is_a_function_of_seed_and_step_alone(step: int, seed: int):
 
 
 @given(
-    step=st.integers(0, 50), per_step=st.integers(3, 12), counts=st.tuples(*[st.integers(4, 9)] * 3), seed=st.integers(0)
+    step=st.integers(0, 50),
+    per_step=st.integers(3, 12),
+    counts=st.tuples(*[st.integers(4, 9)] * 3),
+    seed=st.integers(0),
 )
 def test_a_step_is_balanced_and_holds_no_prompt_twice(step: int, per_step: int, counts: tuple[int, ...], seed: int):
     drawn = PromptSampler(tasks(a=counts[0], b=counts[1], c=counts[2]), per_step, seed, "task").draw(step)
@@ -315,6 +322,12 @@ def test_an_epoch_sees_every_prompt_once_where_steps_divide_it():
     for epoch in range(3):
         seen = [prompt.id for step in range(3 * epoch, 3 * epoch + 3) for prompt in sampler.draw(step)]
         assert sorted(seen) == sorted(f"a{i}" for i in range(12))
+
+
+def test_strata_of_the_same_size_are_shuffled_independently():
+    drawn = PromptSampler(tasks(a=30, b=30), 20, 0, "task").draw(0)
+    numbers = [prompt.id[1:] for prompt in drawn]
+    assert numbers[:10] != numbers[10:]
 
 
 def test_steps_and_seeds_differ():
@@ -348,7 +361,10 @@ class Conditioned(Pipeline):
 
 
 def test_trajectories_survive_with_every_optional_entry(toy: ToyBackend, folder: Path):
-    prompts = [Prompt("a", "w1", {"answer": "4", "valid": ["x", "ü"]}), Prompt("b", [{"role": "user", "content": "w2"}])]
+    prompts = [
+        Prompt("a", "w1", {"answer": "4", "valid": ["x", "ü"]}),
+        Prompt("b", [{"role": "user", "content": "w2"}]),
+    ]
     run = rollout(
         Conditioned([]),
         toy,

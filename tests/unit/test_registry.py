@@ -33,19 +33,20 @@ def test_an_unknown_name_gets_a_suggestion_the_list_and_the_way_out():
     with pytest.raises(UnknownName) as caught:
         Registry("codec", {"json": "json:loads", "text": "builtins:str"}).resolve("jsn")
     assert str(caught.value) == (
-        "unknown codec 'jsn'. Did you mean 'json'? Known: json, text. Or give a codec of your own as 'module:attribute'."
+        "unknown codec 'jsn'. Did you mean 'json'? Known: json, text. "
+        "Or give a codec of your own as 'module:attribute'."
     )
 
 
 def test_a_misspelt_attribute_gets_a_suggestion():
-    with pytest.raises(UnknownName, match="attribute of module 'json' 'load_s'. Did you mean 'loads'"):
+    with pytest.raises(UnknownName, match=r"attribute of module 'json' 'load_s'. Did you mean 'loads'"):
         load_attribute("json:load_s")
 
 
 def test_a_module_that_cannot_be_imported_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "needs_more.py").write_text("import a_package_nobody_has\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="cannot import 'needs_more'.*a_package_nobody_has.*PYTHONPATH"):
+    with pytest.raises(ConfigError, match=r"cannot import 'needs_more'.*a_package_nobody_has.*PYTHONPATH"):
         load_attribute("needs_more:thing")
 
 

@@ -19,7 +19,7 @@ from asn_rl.ops.context import CONTEXT, CONTEXT_SIZE
 from asn_rl.ops.sketch import build_sketch, expand, points_of
 from asn_rl.protocols import Policy
 from asn_rl.replay import replay
-from asn_rl.rollout import RolloutConfig, concatenate, rollout
+from asn_rl.rollout import RolloutConfig, concatenate, rollout, uniform_stream
 from asn_rl.types import Observation, PolicyOutput, Prompt, State, Trajectories
 
 CONFIG = RolloutConfig(max_new_tokens=7, head=5, tail=6)
@@ -44,7 +44,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "nucleus": lambda: pipeline(temperature={"temperature": 1.3}, top_p={"top_p": 0.93}),
     "learned": learned,
 }
-MIROSTAT = {"temperature": {"temperature": 1.4}, "mirostat": {"tau": 1.2, "eta": 0.5}}
+MIROSTAT = {"temperature": {"temperature": 1.4}, "mirostat": {"tau": 2.0, "eta": 1.0}}
 
 
 def ending_toy(vocab: int = 32, end_logit: float = 2.5) -> ToyBackend:
@@ -93,9 +93,7 @@ def assert_same(left: Trajectories, right: Trajectories, atol: float = 0.0) -> N
     for name in ("terminated", "points", "logprobs", "base_logprobs"):
         torch.testing.assert_close(getattr(left, name), getattr(right, name), atol=atol, rtol=0)
     torch.testing.assert_close(left.observations.context, right.observations.context, atol=atol, rtol=0)
-    torch.testing.assert_close(
-        left.observations.sketch.log_mass, right.observations.sketch.log_mass, atol=atol, rtol=0
-    )
+    torch.testing.assert_close(left.observations.sketch.log_mass, right.observations.sketch.log_mass, atol=atol, rtol=0)
     assert left.extras.keys() == right.extras.keys()
     assert all(torch.equal(left.extras[name], right.extras[name]) for name in left.extras)
 
@@ -175,6 +173,15 @@ def test_an_end_on_the_last_token_of_the_budget_terminates():
 
 
 # Reproducibility
+
+
+def test_every_completion_has_draws_of_its_own():
+    keys = [(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)]
+    streams = {tuple(uniform_stream(*key, 3).flatten().tolist()) for key in keys}
+    assert len(streams) == len(keys)
+    twins = [Prompt("a", "w1"), Prompt("b", "w1")]
+    run = rollout(Pipeline([]), ending_toy(), twins, CONFIG, num_generations=4)
+    assert run.completion_ids[:4] != run.completion_ids[4:]
 
 
 @pytest.mark.parametrize("policy", [learned(), pipeline(**MIROSTAT)])
@@ -282,7 +289,9 @@ def test_state_condition_and_embedding_follow_their_rows_when_rows_finish(kind: 
     policy = Witness([1, 3, 4])
     run = rollout(policy, kind(ending_toy().table), PROMPTS, CONFIG, num_generations=3, conditions=torch.eye(3))
     assert len(set(policy.batches)) > 2, "rows finish at different times"
-    assert policy.batches == [int((run.lengths > t).sum()) for t in range(len(policy.batches))], "ended rows cost nothing"
+    assert policy.batches == [int((run.lengths > t).sum()) for t in range(len(policy.batches))], (
+        "ended rows cost nothing"
+    )
 
 
 def test_the_order_in_which_a_backend_returns_rows_does_not_matter():
@@ -325,7 +334,10 @@ def test_probes_are_recorded_for_every_token_in_the_order_of_the_tokens(kind: ty
         PROMPTS,
         replace(CONFIG, max_batch=6),
         num_generations=5,
-        probes={"logits": lambda logits, sketch, points: logits, "mass": lambda logits, sketch, points: sketch.log_mass},
+        probes={
+            "logits": lambda logits, sketch, points: logits,
+            "mass": lambda logits, sketch, points: sketch.log_mass,
+        },
     )
     assert torch.equal(run.extras["logits"], visited(run, backend)[0])
     assert torch.equal(run.extras["mass"], run.observations.sketch.log_mass)
@@ -348,7 +360,7 @@ def test_inputs_that_cannot_be_used_are_refused_with_what_to_do():
     with pytest.raises(DataError, match="prompt 'void' is empty"):
         rollout(Pipeline([]), backend, [Prompt("a", "w1"), Prompt("void", " ")], CONFIG)
     with pytest.raises(
-        DataError, match="prompt 'b' has 2 tokens.*max_new_tokens=7.*context of 8. Shorten the prompt or lower"
+        DataError, match=r"prompt 'b' has 2 tokens.*max_new_tokens=7.*context of 8. Shorten the prompt or lower"
     ):
         rollout(Pipeline([]), backend, PROMPTS, CONFIG)
     with pytest.raises(DataError, match="word 'x' is not in the toy vocabulary"):

@@ -103,7 +103,7 @@ def test_inputs_that_make_no_mean_are_refused():
         bootstrap(np.ones(2), one(3))
     with pytest.raises(InvalidValue, match="at least one"):
         stratified_mean(np.ones(0), [])
-    with pytest.raises(InvalidValue, match="values of stratum 'b' must be at least one number.*all are masked"):
+    with pytest.raises(InvalidValue, match=r"values of stratum 'b' must be at least one number.*all are masked"):
         bootstrap(np.array([1.0, NAN]), ["a", "b"])
 
 
@@ -118,8 +118,8 @@ def bernoulli(means: np.ndarray, samples: int, seed: int) -> np.ndarray:
 def test_the_oracle_is_unbiased_where_all_arms_are_alike():
     means = np.full((6, 100), 0.3)
     found = np.array([split_half_oracle(bernoulli(means, 8, seed), one(100)) for seed in range(60)])
-    error = math.sqrt(0.3 * 0.7 / (100 * 8 * 60)) * 2  # the oracle's samples of a trial are nearly all different
-    assert np.abs(found.mean(0) - 0.3).max() < 3 * error
+    error = math.sqrt(0.3 * 0.7 / (100 * 8 * 60))  # each trial scores 100 prompts on 8 samples
+    assert np.abs(found.mean(0) - 0.3).max() < 4 * error
     naive = np.mean([bernoulli(means, 8, seed).mean(-1).max(0).mean() for seed in range(10)])
     assert naive > 0.45, "choosing and scoring on the same samples would promise headroom that is not there"
 
@@ -139,8 +139,9 @@ def test_strata_weigh_the_same_in_the_oracle_too():
 
 def test_a_hand_worked_split():
     # Samples 0 and 2 form one half, 1 and 3 the other.
-    rewards = np.array([[[1.0, 0.0, 1.0, 0.0]], [[0.0, 1.0, 0.0, 1.0]]])
-    assert split_half_oracle(rewards, ["all"]) == (0.0, 0.0)
+    rewards = np.array([[[0.9, 0.3, 0.7, 0.5]], [[0.1, 1.0, 0.3, 0.6]]])
+    # The first half prefers arm 0 (.8 to .2), which scores .4 on the second; that prefers arm 1, which scores .2.
+    assert split_half_oracle(rewards, ["all"]) == pytest.approx((0.3, 0.3))
 
 
 def test_masked_samples_and_prompts_count_nowhere_in_the_oracle():
