@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asn_rl.errors import CheckpointError
+from asn_rl.protocols import TrainablePolicy
 from asn_rl.registry import load_attribute
 
 FORMAT_VERSION = 1
@@ -84,7 +85,7 @@ def _replace_folder(target: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_policy(folder: Path, module: nn.Module, config: PolicyConfig, card: str) -> None:
+def write_policy(folder: Path, module: TrainablePolicy, config: PolicyConfig, card: str) -> None:
     """Write a policy into an existing folder. Any file system or serialisation error passes through as OSError."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS)
@@ -129,7 +130,7 @@ def _check_format(path: Path, raw: Any) -> None:
         )
 
 
-def load_policy(folder: str | Path) -> nn.Module:
+def load_policy(folder: str | Path) -> TrainablePolicy:
     """The policy a folder holds, whatever its class. The class is imported by the name the folder gives.
 
     Raises:
@@ -145,11 +146,13 @@ def load_policy(folder: str | Path) -> nn.Module:
         raise CheckpointError(
             f"{config.policy} does not take the arguments in {folder}: {error}. Use the version it was saved with"
         ) from error
+    if not isinstance(module, TrainablePolicy):
+        raise CheckpointError(f"{folder} names {config.policy!r}, which is not a policy (asn_rl.protocols)")
     load_weights(module, Path(folder))
     return module
 
 
-def load_weights(module: nn.Module, folder: Path) -> None:
+def load_weights(module: TrainablePolicy, folder: Path) -> None:
     """Weights of a policy folder into a module of the same shape."""
     tensors = _load_tensors(folder / WEIGHTS)
     try:

@@ -173,7 +173,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if math.isnan(number):  # passes every comparison with a range, and equals no saved configuration
             raise _wrong(where, value, "a number")
         return number
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+    if not isinstance(value, typing.cast(type, hint)) or (hint is not bool and isinstance(value, bool)):
         raise _wrong(where, value, f"a value of type {_type_name(hint)}")
     return value
 

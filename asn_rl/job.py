@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
 
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data import DataConfig, load_prompts
+from asn_rl.data.sampler import PromptSampler
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.evaluation.comparison import Arm, ArmResult, best_static, by_stratum, judge, run_arm, table
 from asn_rl.evaluation.statistics import split_half_oracle
 from asn_rl.metrics import MetricsLogger
-from asn_rl.protocols import LogitsBackend
+from asn_rl.protocols import LogitsBackend, TrainablePolicy
 from asn_rl.registry import load_attribute
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig, concatenate
@@ -63,11 +64,17 @@ class LabelConfig:
     """Which heuristic wins where."""
 
     num_generations: int = 8
-    """completions of every prompt under every heuristic"""
+    """completions of every prompt under every heuristic; rewards that compare a group need the size they are used at"""
+    train_prompts: int | None = None
+    """training prompts to label, drawn at random and alike from every stratum; null: all"""
     shrinkage: float = 8.0
     """samples that the mean of a prompt's stratum is worth when its best heuristic is chosen"""
     seed: int = 1000
     """keys the draws"""
+
+    def __post_init__(self) -> None:
+        if self.train_prompts is not None and self.train_prompts < 1:
+            raise InvalidValue("train_prompts", self.train_prompts, ">= 1", "null labels all training prompts")
 
 
 @dataclass(frozen=True)
@@ -146,16 +153,26 @@ class Job:
     def prompts(self, split: str) -> list[Prompt]:
         return load_prompts(self.config.data, split)
 
+    def prompts_to_label(self, split: str) -> list[Prompt]:
+        """All prompts, or of the training prompts as many as `label.train_prompts` says."""
+        prompts, count = self.prompts(split), self.config.label.train_prompts
+        if split != "train" or count is None or count >= len(prompts):
+            return prompts
+        return PromptSampler(prompts, count, self.config.label.seed, self.config.compare.stratify_by).draw(0)
+
     def strata(self, prompts: Sequence[Prompt]) -> list[str]:
         column = self.config.compare.stratify_by
         return [str(prompt.columns[column]) if column else "all" for prompt in prompts]
 
-    def new_policy(self) -> nn.Module:
+    def new_policy(self) -> TrainablePolicy:
+        """An untrained policy, its weights drawn by `distill.seed`."""
         spec = self.config.policy
         cls, arguments = load_attribute(spec.name), dict(spec.arguments)
         if "hidden_size" in inspect.signature(cls.__init__).parameters and arguments.get("inputs"):
             arguments.setdefault("hidden_size", self.backend.hidden_size)
-        return cls(**arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.distill.seed)
+            return cls(**arguments)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -184,13 +201,15 @@ def label(job: Job) -> dict[str, Any]:
                 trajectories = _stored_rollout(job, arm, split)
                 results[split].append(judge(arm.name, trajectories, job.rewards, config.num_generations))
                 advance(1, f"{arm.name} on {split}")
-    strata = {split: job.strata(job.prompts(split)) for split in results}
+    prompts = {split: job.prompts_to_label(split) for split in results}
+    strata = {split: job.strata(prompts[split]) for split in results}
     rewards = np.stack([result.rewards for result in results["train"]])
     oracle, static = split_half_oracle(rewards, strata["train"])
+    ids = [prompt.id for prompt in prompts["train"]]
     labels = {
         "best_static": best_static(results["selection"], strata["selection"]),
         "selection": {r.name: dict(by_stratum(r.per_prompt(), strata["selection"])) for r in results["selection"]},
-        "choices": _choose(results["train"], strata["train"], config),
+        "choices": dict(zip(ids, _choose(results["train"], strata["train"], config), strict=True)),
         "headroom": {"oracle": oracle, "static": static},
     }
     write_json(path, labels)
@@ -210,14 +229,14 @@ def _stored_rollout(job: Job, arm: Arm, split: str) -> Trajectories:
     folder = job.run / "labels" / split / arm.name
     if not folder.exists():
         config = job.config.label
-        prompts, needs = job.prompts(split), job.new_policy().needs
+        prompts, needs = job.prompts_to_label(split), job.new_policy().needs
         samples, seed = config.num_generations, config.seed
         trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed, capture=needs)  # type: ignore[arg-type]
         save_trajectories(folder, trajectories)
     return load_trajectories(folder)
 
 
-def distil(job: Job) -> nn.Module:
+def distil(job: Job) -> TrainablePolicy:
     """Teach the policy each training prompt's winning heuristic, on the states that all heuristics visited there.
     Writes `distilled/`."""
     folder = job.run / "distilled"
@@ -228,12 +247,13 @@ def distil(job: Job) -> nn.Module:
     names = [arm.name for arm in job.arms]
     parts = [load_trajectories(job.run / "labels" / "train" / name) for name in names]
     trajectories = concatenate([part.select(_without_copies(part)) for part in parts])
-    winner = dict(zip([prompt.id for prompt in job.prompts("train")], labels["choices"], strict=True))
-    choice = [names.index(winner[prompt.id]) for prompt in trajectories.prompts]
+    choice = [names.index(labels["choices"][prompt.id]) for prompt in trajectories.prompts]
     targets = sketch_targets([arm.policy for arm in job.arms], choice, trajectories)
     with MetricsLogger(job.run / "distill") as log:
         figures = distill(policy, trajectories, targets, job.config.distill, log=log)
-    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {', '.join(sorted(set(labels['choices'])))}.")
+    save_policy(
+        folder, policy, **job.metadata, notes=f"Distilled from {', '.join(sorted(set(labels['choices'].values())))}."
+    )
     write_json(job.run / "distill" / "summary.json", dict(figures))
     return policy
 
@@ -250,7 +270,7 @@ def _without_copies(trajectories: Trajectories) -> list[int]:
     return keep
 
 
-def reinforce(job: Job, *, init: str | Path | None = None, reference: str | Path | None = None) -> nn.Module:
+def reinforce(job: Job, *, init: str | Path | None = None, reference: str | Path | None = None) -> TrainablePolicy:
     """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`.
 
     Args:

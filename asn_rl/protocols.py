@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asn_rl.types import Messages, Observation, PolicyOutput, Prompt, State
 
@@ -23,6 +24,29 @@ class Policy(Protocol):
         ...
 
     def __call__(self, obs: Observation, state: State | None = None) -> PolicyOutput: ...
+
+
+@runtime_checkable
+class TrainablePolicy(Policy, Protocol):
+    """A policy with parameters that can be saved: an `nn.Module` with `save_pretrained`."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], /) -> Any: ...
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        fingerprint: str | None = None,
+        sketch: dict[str, int] | None = None,
+        notes: str = "",
+    ) -> None:
+        """Write `config.json` and `model.safetensors` (see `asn_rl.checkpoint`) into an existing or new folder."""
+        ...
 
 
 class Session(Protocol):

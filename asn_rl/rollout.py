@@ -83,8 +83,10 @@ def rollout(
     if conditions is not None and len(conditions) != len(prompts):
         raise InvalidValue("conditions", tuple(conditions.shape), f"of {len(prompts)} rows, one a prompt")
     ids = [checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
-    # Whole prompts to a batch, so that a prompt is prefilled once for all its completions.
-    per_batch = max(1, config.max_batch // num_generations)
+    # Whole prompts to a batch, so that a prompt is prefilled once for all its completions; batches of equal size, as
+    # a step with few rows costs almost as much as one with many.
+    batches = -(-len(prompts) // max(1, config.max_batch // num_generations))
+    per_batch = -(-len(prompts) // batches)
     parts = []
     for low in range(0, len(prompts), per_batch):
         part = slice(low, low + per_batch)

@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from asn_rl.errors import RewardError
+from asn_rl.errors import InvalidPolicyOutput, RewardError
+from asn_rl.ops.context import context_vector
+from asn_rl.ops.sketch import SketchSize, build_sketch
+from asn_rl.protocols import Policy
 from asn_rl.rewards.contract import check_signature, checked_scores
+from asn_rl.types import Observation
 
 
 def check_reward(
@@ -63,3 +68,71 @@ def _undisturbed_call(name: str, function: Callable[..., Any], inputs: dict[str,
 def _random_states() -> tuple[Any, bytes, bytes]:
     legacy = np.random.get_state()  # noqa: NPY002  (the global state is what is watched)
     return random.getstate(), pickle.dumps(legacy), torch.get_rng_state().numpy().tobytes()
+
+
+@torch.no_grad()
+def check_policy(
+    policy: Policy, *, hidden_size: int = 0, condition_size: int = 0, size: SketchSize | None = None, seed: int = 0
+) -> None:
+    """Call a policy on random distributions, with ties and impossible tokens, and check its contract.
+
+    Its log-probs have the sketch's shape, sum to one, and are -inf where a point is empty; the same observation gives
+    the same answer; a completion's answer does not depend on the others of its batch; a stateless policy takes (batch,
+    time) leading axes; a state has one row a completion. Equivariance and shift invariance need no check: a sketch
+    holds no token ids and is normalised.
+
+    Args:
+        hidden_size: of the base model, where the policy reads `hidden` or `prompt_embedding`.
+        condition_size: length of `condition`, where the policy reads it.
+        size: sketch size; default 16 + 8.
+
+    Raises:
+        InvalidPolicyOutput: the contract is broken; the message says how.
+    """
+    name = type(policy).__name__
+    obs = _random_observation(policy, hidden_size, condition_size, size or SketchSize(16, 8), seed)
+    first = _well_formed_answer(policy, obs)
+    if not torch.equal(first, _well_formed_answer(policy, obs)):
+        raise InvalidPolicyOutput(f"{name} answers the same observation differently; the drawing is done elsewhere")
+    alone = _well_formed_answer(policy, obs.index(slice(1, 2)))[0]
+    if not torch.allclose(alone.exp(), first[1].exp(), atol=1e-4):
+        raise InvalidPolicyOutput(f"{name} answers for a completion differently beside others; keep rows independent")
+    if policy.initial_state(1, torch.device("cpu")) is None:
+        pairs = torch.arange(len(first)).reshape(-1, 2)
+        if not torch.allclose(_well_formed_answer(policy, obs.index(pairs)).exp(), first[pairs].exp(), atol=1e-4):
+            raise InvalidPolicyOutput(f"{name} mixes up (batch, time) leading axes; work on the last axis only")
+
+
+def _random_observation(
+    policy: Policy, hidden_size: int, condition_size: int, size: SketchSize, seed: int
+) -> Observation:
+    """Four rows: a common one, one with ties, one with three possible tokens, a confident one."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(4, 200, generator=generator)
+    logits[1, 50:] = logits[1, 50]
+    logits[2, 3:] = -torch.inf
+    logits[3, 0] = 30.0
+    sketch, _ = build_sketch(logits, size)
+    ones = torch.ones(len(logits))
+    widths = {"hidden": hidden_size, "prompt_embedding": hidden_size, "condition": condition_size}
+    optional = {entry: torch.randn(4, widths[entry], generator=generator) for entry in sorted(policy.needs)}
+    return Observation(sketch, context_vector(sketch, 3 * ones, 9 * ones, 2.5 * ones, 7 * ones), **optional)
+
+
+def _well_formed_answer(policy: Policy, obs: Observation) -> Tensor:
+    name, mask, rows = type(policy).__name__, obs.sketch.mask, len(obs.context)
+    output = policy(obs, policy.initial_state(rows, obs.context.device))
+    logprobs = output.logprobs
+    if logprobs.shape != mask.shape:
+        raise InvalidPolicyOutput(
+            f"{name} answers with log-probs of shape {tuple(logprobs.shape)}, the sketch has {tuple(mask.shape)}"
+        )
+    if logprobs.isnan().any() or (logprobs[~mask] > -torch.inf).any():
+        raise InvalidPolicyOutput(f"the log-probs of {name} must be numbers, and -inf where a point is empty")
+    total = logprobs.double().exp().sum(-1).flatten()
+    if (total - 1).abs().max() > 1e-3:
+        raise InvalidPolicyOutput(f"the probabilities of {name} sum to {float(total[0]):g}, not to 1; normalise them")
+    for key, value in (output.state or {}).items():
+        if len(value) != rows:
+            raise InvalidPolicyOutput(f"state {key!r} of {name} has {len(value)} rows for {rows} completions")
+    return logprobs

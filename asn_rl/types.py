@@ -47,12 +47,13 @@ class Observation:
 
     def index(self, rows: Tensor | slice) -> Observation:
         """The same observation at some leading indices."""
-        return Observation(self.sketch.index(rows), *(_at(getattr(self, name), rows) for name in OBSERVATION_TENSORS))
+        optional = {name: _at(getattr(self, name), rows) for name in OPTIONAL_INPUTS}
+        return Observation(self.sketch.index(rows), self.context[rows], **optional)
 
     def to(self, device: torch.device | str) -> Observation:
         sketch = Sketch(*(getattr(self.sketch, f.name).to(device) for f in fields(Sketch)))
-        rest = (getattr(self, name) for name in OBSERVATION_TENSORS)
-        return Observation(sketch, *(None if part is None else part.to(device) for part in rest))
+        present = {name: part for name in OPTIONAL_INPUTS if (part := getattr(self, name)) is not None}
+        return Observation(sketch, self.context.to(device), **{name: part.to(device) for name, part in present.items()})
 
 
 OBSERVATION_TENSORS = ("context", "hidden", "prompt_embedding", "condition")
@@ -148,7 +149,7 @@ class Trajectories:
             sample=[self.sample[i] for i in rows],
             prompt_ids=[self.prompt_ids[i] for i in rows],
             completion_ids=[self.completion_ids[i] for i in rows],
-            completions=[self.completions[i] for i in rows],
+            completions=[str(self.completions[i]) for i in rows],
             terminated=self.terminated[index],
             observations=picked,
             points=self.points[tokens],

@@ -67,9 +67,9 @@ def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -
     torch.manual_seed(seed)
     eos = sorted(backend.eos_token_ids)
     begin = time.perf_counter()
-    texts = [backend.tokenizer.decode(backend.encode(prompt.content)) for prompt in prompts]
+    texts = [str(backend.tokenizer.decode(backend.encode(prompt.content))) for prompt in prompts]
     batch = backend.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    output = backend.model.generate(
+    output = backend.model.generate(  # type: ignore[operator]
         **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, eos_token_id=eos,
         pad_token_id=eos[0],
     )[:, batch["input_ids"].shape[1] :]  # fmt: skip

@@ -92,7 +92,7 @@ def largest_differences(
         if prompt.id in seen:
             continue
         seen.add(prompt.id)
-        t = token - int(starts[row])
+        t = int(token) - int(starts[row])
         text = pieces[row]
         spreads = (_entropy(obs.sketch.log_mass[token]), _entropy(mine[token]), _entropy(theirs[token]))
         content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]

@@ -15,6 +15,14 @@ BACKENDS = Registry(
 
 
 @dataclass(frozen=True)
+class Example:
+    """A turn that shows the base model how to answer."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True)
 class BackendConfig:
     """The frozen base model."""
 
@@ -30,6 +38,8 @@ class BackendConfig:
     """render prompts through the tokenizer's chat template; off: prompts are raw text"""
     system_prompt: str | None = None
     """system turn put before text prompts; null leaves the template's own default"""
+    examples: tuple[Example, ...] = ()
+    """turns {user, assistant} put before text prompts"""
 
 
 def load_backend(config: BackendConfig) -> LogitsBackend:

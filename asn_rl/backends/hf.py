@@ -41,6 +41,7 @@ class HFBackend:
         tokenizer: its tokenizer.
         chat_template: render prompts through the tokenizer's chat template.
         system_prompt: system turn for text prompts; None leaves the template's default.
+        examples: (user, assistant) turns before text prompts.
     """
 
     # Matrix products round differently for different batch shapes.
@@ -53,20 +54,25 @@ class HFBackend:
         *,
         chat_template: bool = True,
         system_prompt: str | None = None,
+        examples: Sequence[tuple[str, str]] = (),
     ) -> None:
         if chat_template and not tokenizer.chat_template:
             raise BackendError(
                 f"the tokenizer of {model.name_or_path!r} has no chat template; set backend.chat_template=false "
                 "to use prompts as raw text"
             )
+        if not chat_template and (system_prompt is not None or examples):
+            raise BackendError("backend.system_prompt and backend.examples need backend.chat_template=true")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.system_prompt = system_prompt
+        self.opening: Messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        for user, assistant in examples:
+            self.opening += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         config = model.config.get_text_config()
         self.vocab_size: int
         self.hidden_size: int  # of what the output embedding reads; some models project before it
-        self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
+        self.vocab_size, self.hidden_size = _output_embedding(model).weight.shape  # type: ignore[misc]
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.device = torch.device(model.device)
@@ -100,21 +106,28 @@ class HFBackend:
                 f"cannot load the base model {config.model!r}{offline}: {error}. Give a folder or hub id of a causal "
                 "language model, or the embedded name smollm2-135m-instruct"
             ) from error
-        return cls(model.to(device), tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt)
+        model.to(device)  # type: ignore[call-arg]
+        return cls(
+            model,
+            tokenizer,
+            chat_template=config.chat_template,
+            system_prompt=config.system_prompt,
+            examples=[(example.user, example.assistant) for example in config.examples],
+        )
 
     def encode(self, content: str | Messages) -> list[int]:
         if not self.chat_template:
             if not isinstance(content, str):
                 raise InvalidValue("prompt", content, "text when backend.chat_template is false")
             return list(self.tokenizer(content)["input_ids"])
-        messages = content
-        if isinstance(content, str):
-            messages = [{"role": "user", "content": content}]
-            if self.system_prompt is not None:
-                messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(self._messages(content), tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself; adding them again would double a BOS.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+    def _messages(self, content: str | Messages) -> Messages:
+        if not isinstance(content, str):
+            return content
+        return [*self.opening, {"role": "user", "content": content}]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -279,7 +292,7 @@ class _CaptureHidden:
     """The input of the output embedding: the hidden state as the language-model head reads it, for any model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.head = model.get_output_embeddings()
+        self.head = _output_embedding(model)
         self.value = torch.empty(0)
 
     def __enter__(self) -> _CaptureHidden:
@@ -291,6 +304,13 @@ class _CaptureHidden:
 
     def __exit__(self, *exc: object) -> None:
         self.handle.remove()
+
+
+def _output_embedding(model: PreTrainedModel) -> torch.nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise BackendError(f"{type(model).__name__} has no output embedding; give a causal language model")
+    return head
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -321,10 +341,10 @@ def _checked_device(name: str) -> torch.device:
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """End-of-sequence ids of model and tokenizer, and the turn markers that chat models emit in their place."""
     declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
+    candidates = declared if isinstance(declared, list) else [declared]
     vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
-    ids.discard(None)
+    turn_ends = [vocabulary[token] for token in _TURN_ENDS if token in vocabulary]
+    ids = {token for token in (*candidates, tokenizer.eos_token_id, *turn_ends) if isinstance(token, int)}
     if not ids:
         raise BackendError(f"{model.name_or_path!r} declares no end-of-sequence token; set one in its tokenizer")
     return frozenset(ids)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-_GROWTH = 64  # slots added at a time
+_GROWTH = 32  # slots added at a time
 
 
 class RowLayer(CacheLayerMixin):
@@ -94,7 +94,7 @@ def row_cache(config: PreTrainedConfig) -> DynamicCache:
     """A cache of `RowLayer`s, or transformers' own where some layer is not plain full attention."""
     cache = DynamicCache(config=config)
     if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [RowLayer() for _ in cache.layers]
+        cache.layers = [RowLayer() for _ in cache.layers]  # type: ignore[assignment]
         cache.layer_class_to_replicate = None
     return cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from asn_rl.data.splits import SPLITS, split_slice
@@ -22,7 +23,8 @@ def jsonl(split: str, *, path: str, seed: int = 0) -> list[Prompt]:
     """
     if split not in SPLITS:
         raise UnknownName("split", split, SPLITS)
-    rows = [(_prompt(row, number, path), _split(row, number, path)) for number, row in read_jsonl(Path(path))]
+    lines = list(read_jsonl(Path(path)))
+    rows = [(as_prompt(row, f"{path}, line {n}", f"line-{n}"), _split(row, n, path)) for n, row in lines]
     marked = [mark is not None for _, mark in rows]
     if any(marked) and not all(marked):
         raise DataError(f"{path}: some rows have a 'split' and some do not; give all rows one, or none")
@@ -44,12 +46,17 @@ def _split(row: dict[str, object], number: int, path: str) -> object:
     return mark
 
 
-def _prompt(row: dict[str, object], number: int, path: str) -> Prompt:
+def as_prompt(row: Mapping[str, object], where: str, default_id: str) -> Prompt:
+    """A prompt of a row `{"prompt": ..., "id": ..., further columns}`.
+
+    Raises:
+        DataError: no usable `prompt`; the message begins with `where`.
+    """
     content = row.get("prompt")
     is_messages = isinstance(content, list) and all(
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in content
     )
     if not content or not (isinstance(content, str) or is_messages):
-        raise DataError(f"{path}, line {number}: 'prompt' must be text or a list of {{role, content}}, got {content!r}")
+        raise DataError(f"{where}: 'prompt' must be text or a list of {{role, content}}, got {content!r}")
     columns = {key: value for key, value in row.items() if key not in {"prompt", "id", "split"}}
-    return Prompt(str(row.get("id", f"line-{number}")), content, columns)  # type: ignore[arg-type]
+    return Prompt(str(row.get("id", default_id)), content, columns)  # type: ignore[arg-type]

@@ -30,13 +30,16 @@ class PromptSampler:
             strata.setdefault(prompt.columns[balance] if balance else None, []).append(prompt)
         self.strata = [strata[key] for key in sorted(strata, key=str)]
         if per_step < len(self.strata):
-            raise DataError(f"{per_step} prompts a step cannot hold all {len(self.strata)} values of {balance!r}")
+            raise DataError(f"a draw of {per_step} prompts cannot hold all {len(self.strata)} values of {balance!r}")
         base, extra = divmod(per_step, len(self.strata))
         self.shares = [base + (i < extra) for i in range(len(self.strata))]
         for key, stratum, share in zip(sorted(strata, key=str), self.strata, self.shares, strict=True):
             if share > len(stratum):
                 what = f"prompts with {balance} {key!r}" if balance else "prompts"
-                raise DataError(f"a step needs {share} {what}, there are {len(stratum)}; lower prompts_per_step")
+                raise DataError(
+                    f"a draw needs {share} {what}, there are {len(stratum)}; lower grpo.prompts_per_step or "
+                    "label.train_prompts"
+                )
         self.seed = seed
 
     def draw(self, step: int) -> list[Prompt]:

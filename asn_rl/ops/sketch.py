@@ -30,7 +30,7 @@ _FLOOR_NATS = -88.0
 _HALF_OCTAVE_SHIFT = 22
 _NOTHING = 2
 # Rows worked on at once: about four temporaries of this many floats then stay inside the L2/L3 cache.
-_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -293,9 +293,24 @@ def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:
 
 
 def _choose_in_tail(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:
-    members = token_points(logits, points) == chosen.unsqueeze(-1)
-    weights = torch.where(members, (logits - points.boundary).clamp_(min=_FLOOR_NATS).exp().double(), 0.0)
-    return invert_cdf(weights, uniforms)
+    count, vocab = logits.shape
+    half_octaves = torch.arange(_NOTHING, 256, device=logits.device, dtype=torch.int32)
+    belongs = points.size.head + _tail_bin(half_octaves, points.size.tail) == chosen.unsqueeze(-1)
+    # A bin is a range of half-octaves, which is a range of weights: the floats whose bits begin like that.
+    lowest = half_octaves[belongs.int().argmax(-1)]
+    low = (lowest << _HALF_OCTAVE_SHIFT).view(torch.float32)
+    high = ((lowest + belongs.sum(-1).int()).clamp_max(255) << _HALF_OCTAVE_SHIFT).view(torch.float32)
+    start, tokens = _tail_start(points.boundary), torch.empty_like(chosen)
+    chunk = min(count, max(1, _CHUNK_ELEMENTS // vocab))
+    work = _Workspace(chunk, vocab, logits.device)
+    for first in range(0, count, chunk):
+        rows = slice(first, first + chunk)
+        weights, _ = work.weigh(logits[rows], start[rows])
+        ids, in_head = points.head_ids[rows], points.head_slot[rows] >= 0
+        weights.scatter_(-1, ids, torch.where(in_head, 0.0, weights.gather(-1, ids)))
+        weights.mul_((weights >= low[rows, None]) & (weights < high[rows, None]))
+        tokens[rows] = invert_cdf(weights, uniforms[rows])
+    return tokens
 
 
 def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from asn_rl.errors import DataError, InvalidValue, TrainingError
 from asn_rl.metrics import MetricsLogger
+from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
-from asn_rl.protocols import Policy
+from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
 from asn_rl.types import Observation, Trajectories
@@ -44,7 +45,7 @@ class DistillConfig:
     holdout: float = 0.1
     """share of the prompts kept to measure the loss on"""
     seed: int = 0
-    """order of the minibatches, choice of the held-out prompts"""
+    """first weights of the policy, order of the minibatches, choice of the held-out prompts"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatch_tokens"):
@@ -84,7 +85,7 @@ def full_logits_target(heuristic: Policy) -> Probe:
 
     def probe(logits: Tensor, sketch: Sketch, points: PointMap) -> Tensor:
         full, fine = build_sketch(logits, SketchSize(head=logits.shape[-1], tail=1))
-        context = torch.zeros(*logits.shape[:-1], 8, device=logits.device)
+        context = torch.zeros(*logits.shape[:-1], CONTEXT_SIZE, device=logits.device)
         fine_logprobs = heuristic(Observation(full, context)).logprobs
         owner = token_points(logits, points).gather(-1, fine.head_ids)
         owner = torch.where(fine.head_slot >= 0, owner, -1)
@@ -97,7 +98,7 @@ def full_logits_target(heuristic: Policy) -> Probe:
 
 
 def distill(
-    policy: nn.Module,
+    policy: TrainablePolicy,
     trajectories: Trajectories,
     targets: Tensor,
     config: DistillConfig,
@@ -167,7 +168,7 @@ def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, T
     return (~is_held).nonzero().squeeze(-1), is_held.nonzero().squeeze(-1)
 
 
-def _check_gradients(policy: nn.Module, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+def _check_gradients(policy: TrainablePolicy, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
     if not torch.isfinite(loss):
         raise TrainingError(
             f"the distillation loss is {loss.item()}; a policy that cuts hard gives infinite KL, so train it softly"

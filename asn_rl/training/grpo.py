@@ -42,7 +42,7 @@ from asn_rl.ops.advantages import group_advantages, has_signal, leave_one_out_ad
 from asn_rl.ops.divergences import k3, kl
 from asn_rl.ops.logprobs import entropy, expectation
 from asn_rl.ops.losses import aggregate, clipped_surrogate
-from asn_rl.protocols import LogitsBackend
+from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.rewards.compose import RewardResult, RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.runs import console, progress, write_jsonl
@@ -128,8 +128,8 @@ class Batch:
 
 
 def train(
-    policy: nn.Module,
-    reference: nn.Module,
+    policy: TrainablePolicy,
+    reference: Policy,
     backend: LogitsBackend,
     prompts: Sequence[Prompt],
     rewards: RewardSuite,
@@ -139,7 +139,7 @@ def train(
     *,
     metadata: dict[str, Any] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
-) -> nn.Module:
+) -> TrainablePolicy:
     """Train `policy` in place and save it to `run / "policy"`. Resumes from the newest checkpoint in `run`.
 
     Args:
@@ -179,8 +179,8 @@ class Trainer:
 
     def __init__(
         self,
-        policy: nn.Module,
-        reference: nn.Module,
+        policy: TrainablePolicy,
+        reference: Policy,
         backend: LogitsBackend,
         prompts: Sequence[Prompt],
         rewards: RewardSuite,
@@ -190,7 +190,9 @@ class Trainer:
         metadata: dict[str, Any],
     ) -> None:
         self.policy, self.backend, self.rewards = policy, backend, rewards
-        self.reference = copy.deepcopy(reference).requires_grad_(False).eval()
+        self.reference = copy.deepcopy(reference)
+        if isinstance(self.reference, nn.Module):
+            self.reference.eval()
         self.rollout_config, self.config, self.run, self.metadata = rollout_config, config, run, metadata
         self.sampler = PromptSampler(prompts, config.prompts_per_step, config.seed, config.balance)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -290,7 +292,7 @@ class Trainer:
 
 
 def make_batch(
-    trajectories: Trajectories, rewards: Tensor, reference: nn.Module, config: GRPOConfig
+    trajectories: Trajectories, rewards: Tensor, reference: Policy, config: GRPOConfig
 ) -> tuple[Batch, Tensor]:
     """Advantages and reference log-probs of a step; also (G,) which groups carry signal."""
     groups = rewards.reshape(-1, config.num_generations)
@@ -306,7 +308,7 @@ def make_batch(
 
 
 def minibatch_loss(
-    policy: nn.Module, batch: Batch, part: Tensor, beta: float, config: GRPOConfig, rollout_config: RolloutConfig
+    policy: TrainablePolicy, batch: Batch, part: Tensor, beta: float, config: GRPOConfig, rollout_config: RolloutConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of some tokens (indices `part`), and its metrics."""
     trajectories = batch.trajectories

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from asn_rl.backends import BACKENDS, BackendConfig, load_backend
+from asn_rl.config import from_dict
+from asn_rl.data.jsonl import as_prompt
 from asn_rl.errors import DataError, InvalidValue, UnknownName
 from asn_rl.protocols import LogitsBackend, RewardFunction
 from asn_rl.rewards import REWARDS
 from asn_rl.rewards.contract import CALL_ARGUMENTS, check_signature
+from asn_rl.runs import read_jsonl
 from asn_rl.types import Prompt
 
 BackendSource = LogitsBackend | BackendConfig | Mapping[str, Any] | str
@@ -34,11 +35,7 @@ def as_backend(source: BackendSource) -> LogitsBackend:
         config = {"kind": kind} if kind in BACKENDS.entries else {"model": source}
         source = config | ({"model": model} if model and "kind" in config else {})
     if isinstance(source, Mapping):
-        known = [field.name for field in fields(BackendConfig)]
-        for name in source:
-            if name not in known:
-                raise UnknownName("backend option", str(name), known)
-        source = BackendConfig(**source)
+        source = from_dict(BackendConfig, source, "backend")
     if isinstance(source, BackendConfig):
         return _shared_backend(source)
     if not hasattr(source, "start"):
@@ -72,16 +69,23 @@ def function_name(function: Any) -> str:
 
 
 def as_prompts(source: PromptsSource) -> list[Prompt]:
-    """Prompts from a list of `Prompt`s or `{"id", "prompt", ...columns}` dicts, or from a JSONL file of such dicts.
+    """Prompts from a list of `Prompt`s or of `{"prompt", ...columns}` dicts, or from a JSONL file of such dicts.
+
+    Without an `id`, rows are called by their number.
 
     Raises:
-        DataError: no prompt, a missing entry, an id that occurs twice, a reserved column name, or a malformed line
-            (named by its number).
+        DataError: no prompt, a row without a usable one, an id that occurs twice, a reserved column name, or a
+            malformed line (named by its number).
     """
-    rows = _read_jsonl(Path(source)) if isinstance(source, str | Path) else source
-    prompts = [row if isinstance(row, Prompt) else _as_prompt(row, number) for number, row in enumerate(rows, 1)]
+    if isinstance(source, str | Path):
+        prompts = [as_prompt(row, f"{source}, line {n}", f"line-{n}") for n, row in read_jsonl(Path(source))]
+    else:
+        prompts = [
+            row if isinstance(row, Prompt) else as_prompt(row, f"prompt {n}", f"row-{n}")
+            for n, row in enumerate(source, 1)
+        ]
     if not prompts:
-        raise DataError("the prompt list is empty; give at least one {'id': ..., 'prompt': ...}")
+        raise DataError("the prompt list is empty; give at least one {'prompt': ...}")
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -99,24 +103,3 @@ def find_prompt(prompts: Mapping[str, Any], name: str) -> Any:
         shown = difflib.get_close_matches(name, known, n=3) or known[:5]
         raise UnknownName("prompt id", name, shown, f"There are {len(known)} prompts in all.")
     return prompts[name]
-
-
-def _as_prompt(row: Mapping[str, Any], number: int) -> Prompt:
-    missing = [name for name in ("id", "prompt") if name not in row] if isinstance(row, Mapping) else ["id", "prompt"]
-    if missing:
-        raise DataError(f"prompt {number} has no {missing[0]!r}: {row!r:.200}; each needs 'id' and 'prompt'")
-    return Prompt(str(row["id"]), row["prompt"], {k: v for k, v in row.items() if k not in ("id", "prompt")})
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise DataError(f"prompt file {str(path)!r} does not exist; give a JSONL file with 'id' and 'prompt' columns")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: {error}; each line must be one JSON object") from error
-    return rows

@@ -224,6 +224,23 @@ def test_a_system_prompt_takes_the_place_of_the_templates_own(smollm: HFBackend)
     assert brief.encode(messages) == brief.encode("Hi") == smollm.encode(messages)
 
 
+def test_examples_are_turns_before_a_text_prompt(smollm: HFBackend):
+    backend = HFBackend(smollm.model, smollm.tokenizer, system_prompt="Be brief.", examples=[("Two?", "2")])
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "Three?"},
+    ]
+    assert backend.encode("Three?") == smollm.encode(turns)
+    assert backend.encode(turns) == smollm.encode(turns)
+
+
+def test_turns_without_a_chat_template_are_refused(smollm: HFBackend):
+    with pytest.raises(BackendError, match=r"need backend.chat_template=true"):
+        HFBackend(smollm.model, smollm.tokenizer, chat_template=False, examples=[("Two?", "2")])
+
+
 def test_a_prompt_longer_than_the_context_is_refused(smollm: HFBackend):
     with pytest.raises(DataError, match=r"exceeds the base model's context of 8192. Shorten the prompt"):
         rollout(BASE, smollm, [Prompt("long", "word " * 8200)], CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from asn_rl.backends.toy import ToyBackend
@@ -19,7 +20,7 @@ def second_choice(prompts: list[str], completions: list[str], **columns: Any) ->
         words = [prompt.split()[-1], *completion.split()]
         ranks = [
             int((TOY.table[TOY.ids[before]] > TOY.table[TOY.ids[before], TOY.ids[word]]).sum())
-            for before, word in zip(words, words[1:], strict=False)
+            for before, word in pairwise(words)
         ]
         scores.append(sum(rank == 1 for rank in ranks) / len(ranks) if ranks else 0.0)
     return scores

@@ -340,9 +340,9 @@ def test_prompts_that_cannot_fill_a_step_are_refused():
         PromptSampler([], 4, 0)
     with pytest.raises(DataError, match="prompt 'x' lacks the column 'task'"):
         PromptSampler([*tasks(a=3), Prompt("x", "y")], 2, 0, "task")
-    with pytest.raises(DataError, match="1 prompts a step cannot hold all 2 values of 'task'"):
+    with pytest.raises(DataError, match="a draw of 1 prompts cannot hold all 2 values of 'task'"):
         PromptSampler(tasks(a=3, b=3), 1, 0, "task")
-    with pytest.raises(DataError, match="a step needs 4 prompts with task 'b', there are 3; lower prompts_per_step"):
+    with pytest.raises(DataError, match=r"a draw needs 4 prompts with task 'b', there are 3; lower grpo"):
         PromptSampler(tasks(a=9, b=3), 8, 0, "task")
     with pytest.raises(DataError, match="a step needs 5 prompts, there are 3"):
         PromptSampler(tasks(a=3), 5, 0)

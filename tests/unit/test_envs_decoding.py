@@ -254,7 +254,7 @@ def test_stepping_needs_an_episode(toy: ToyBackend):
     ("arguments", "error", "message"),
     [
         ({"prompts": []}, DataError, "the prompt list is empty"),
-        ({"prompts": [{"id": "blank", "prompt": ""}]}, DataError, "prompt 'blank' is empty"),
+        ({"prompts": [{"id": "blank", "prompt": ""}]}, DataError, "'prompt' must be text"),
         ({"max_new_tokens": 0}, InvalidValue, "max_new_tokens must be >= 1, got 0"),
         ({"head": 0}, InvalidValue, "sketch head must be >= 1"),
         ({"render_mode": "human"}, InvalidValue, "render_mode must be None or 'ansi'"),

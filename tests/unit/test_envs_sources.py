@@ -11,7 +11,7 @@ import pytest
 from asn_envs.sources import as_backend, as_prompts, as_reward, find_prompt
 from asn_rl.backends import BackendConfig
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.errors import DataError, InvalidValue, RewardError, UnknownName
+from asn_rl.errors import ConfigError, DataError, InvalidValue, RewardError, UnknownName
 from asn_rl.types import Prompt
 
 ROWS = [{"id": "a", "prompt": "w1", "answer": "7"}, {"id": "b", "prompt": [{"role": "user", "content": "w2"}]}]
@@ -28,14 +28,14 @@ def test_a_backend_has_many_spellings(toy: ToyBackend):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "toy", "modle": "x"}, "Did you mean 'model'"),
+        ({"kind": "toy", "modle": "x"}, "did you mean 'model'"),
         ({"kind": "tyo"}, "Did you mean 'toy'"),
         ("toy:nonsense", "random:VOCAB:SEED"),
         (3, "a dict of its fields"),
     ],
 )
 def test_a_backend_that_cannot_be_made(source: Any, message: str):
-    with pytest.raises((UnknownName, InvalidValue), match=message):
+    with pytest.raises((ConfigError, UnknownName, InvalidValue), match=message):
         as_backend(source)
 
 
@@ -47,17 +47,17 @@ def test_prompts_from_rows_and_from_a_file_are_the_same(tmp_path: Path):
     assert as_prompts(path) == as_prompts(str(path)) == as_prompts(rows)
     assert as_prompts(ROWS)[0] == Prompt("a", "w1", {"answer": "7"})
     assert as_prompts(as_prompts(ROWS)) == as_prompts(ROWS)
+    assert as_prompts([{"prompt": "w1"}])[0].id == "row-1"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ([], "the prompt list is empty"),
-        ([{"prompt": "w1"}], "prompt 1 has no 'id'"),
-        ([{"id": "a"}], "prompt 1 has no 'prompt'"),
+        ([{"id": "a"}], "prompt 1: 'prompt' must be text"),
         ([ROWS[0], ROWS[0]], "'a' occurs twice"),
         ([{"id": "a", "prompt": "w1", "completions": 3}], "a column 'completions'"),
-        ("no/such/file.jsonl", "does not exist"),
+        ("no/such/file.jsonl", "cannot read no/such/file.jsonl"),
     ],
 )
 def test_prompts_that_cannot_be_used(source: Any, message: str):

@@ -1,0 +1,206 @@
+"""The commands, as a user types them, on the toy backend; those that are killed run in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asn_rl.cli import main
+
+Command = Callable[..., "Ended"]
+ROOT = Path(__file__).resolve().parents[2]
+JOB = {
+    "backend": {"kind": "toy", "model": "random:32:0"},
+    "data": {"source": "jsonl", "arguments": {"path": "prompts.jsonl"}},
+    "rewards": [{"function": "toy_rewards:second_choice"}],
+    "rollout": {"max_new_tokens": 8, "head": 32, "tail": 1},
+    "policy": {"arguments": {"width": 8, "point_width": 4}},
+    "heuristics": [
+        {"name": "greedy", "processors": [{"name": "greedy"}]},
+        {"name": "T=1"},
+        {"name": "top_k=2", "processors": [{"name": "top_k", "params": {"top_k": 2}}]},
+    ],
+    "label": {"num_generations": 4},
+    "distill": {"epochs": 3},
+    "grpo": {"steps": 6, "prompts_per_step": 4, "num_generations": 4, "save_every": 2},
+    "compare": {"num_generations": 4, "resamples": 500},
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def asn_rl(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """The command in this process, in the working folder."""
+
+    def call(*arguments: str) -> Ended:
+        status = main(arguments)
+        return Ended(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a configuration and its prompts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    rows = [{"prompt": f"w{i}", "id": f"p{i}"} for i in range(1, 31)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "envs", "policies", "tests/helpers"))
+    return os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "asn_rl.cli", *arguments]
+
+
+def job(verb: str, run: str = "run", *overrides: str) -> list[str]:
+    return [verb, "--config", "job.yaml", "--run", run, *overrides]
+
+
+def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Command) -> None:
+    done = asn_rl(*job("run"))
+    assert done.status == 0, done.stderr
+    run = folder / "run"
+    for name in ("config.yaml", "command.txt", "labels.json", "distilled", "policy", "comparison.json", "report.html"):
+        assert (run / name).exists(), name
+    comparison = json.loads((run / "comparison.json").read_text())
+    arms = [row["name"] for row in comparison["rows"]]
+    assert arms == list(dict.fromkeys(["greedy", "T=1", comparison["best_static"], "distilled", "rl"]))
+    assert "against best static" in done.stdout
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"(src|href)=.https?:|@import|<script", page), "the page must not fetch anything"
+
+    again = asn_rl(*job("run"))
+    assert again.status == 0
+    assert "GRPO 6/6" not in again.stdout, "a finished stage ran again"
+
+
+def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> None:
+    assert asn_rl(*job("run", "whole")).status == 0
+    for verb in ("label", "distill", "grpo", "compare"):
+        assert asn_rl(*job(verb, "parts")).status == 0
+    for name in ("labels.json", "comparison.json", "policy/model.safetensors"):
+        assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (job("label", "run", "grpo.stpes=3"), "unknown key 'stpes' in 'grpo'; did you mean 'steps'?"),
+        (job("label", "run", "rollout.max_new_tokens=0"), "max_new_tokens must be >= 1"),
+        (job("label", "run", "backend.kind=tyo"), "Did you mean 'toy'"),
+        (job("label", "run", "rewards=[]"), "rewards is empty"),
+        (job("label", "run", "data.arguments.path=none.jsonl"), "cannot read none.jsonl"),
+        (job("label", "run", "heuristics=[{name: a}, {name: a}]"), "names that differ"),
+        (["label", "--config", "none.yaml", "--run", "run"], "none.yaml"),
+        (job("grpo", "run", "--init", "nowhere"), "nowhere holds no policy"),
+    ],
+)
+def test_bad_input_ends_with_status_two_and_advice(
+    folder: Path, asn_rl: Command, arguments: list[str], message: str
+) -> None:
+    done = asn_rl(*arguments)
+    assert done.status == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_keeps_its_configuration(folder: Path, asn_rl: Command) -> None:
+    assert asn_rl(*job("label")).status == 0
+    other = asn_rl(*job("label", "run", "grpo.steps=7"))
+    assert other.status == 2
+    assert "grpo.steps: 6 -> 7" in other.stderr
+
+
+def test_a_reference_of_another_base_model_or_architecture_is_refused(folder: Path, asn_rl: Command) -> None:
+    assert asn_rl(*job("distill")).status == 0
+    assert asn_rl(*job("distill", "other", "backend.model=random:32:1")).status == 0
+    small = ("policy.name=asn_policies:LocalTransform", "policy.arguments={}")
+    assert asn_rl(*job("distill", "small", *small)).status == 0
+    for reference, message in (("other", "trained on base model 'random:32:1'"), ("small", "LocalTransform, expected")):
+        done = asn_rl(*job("grpo"), "--reference", f"{reference}/distilled")
+        assert done.status == 2
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
+    steps = "grpo.steps=30"
+    assert asn_rl(*job("grpo", "whole", steps)).status == 0
+    process = subprocess.Popen(
+        command(*job("grpo", "broken", steps)), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    checkpoints = folder / "broken" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    _, stderr = process.communicate(timeout=60)
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command continues" in stderr
+    assert not (folder / "broken" / "policy").exists(), "it was over before the signal"
+    assert asn_rl(*job("grpo", "broken", steps)).status == 0
+    weights = "policy/model.safetensors"
+    assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["run", "label", "distill", "grpo", "compare", "report", "grid", "model"])
+def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"example:\n  asn-rl {verb}" in capsys.readouterr().out
+
+
+def test_all_settings_are_listed_with_their_meaning(folder: Path, asn_rl: Command) -> None:
+    done = asn_rl(*job("run"), "--keys")
+    assert done.status == 0
+    lines = done.stdout.splitlines()
+    for key in ("grpo.beta", "rollout.max_new_tokens", "backend.model", "label.train_prompts", "compare.level"):
+        (number,) = [i for i, line in enumerate(lines) if line.strip().startswith(f"{key}=")]
+        assert len(lines[number + 1].strip()) > 10, f"{key} is not explained"
+
+
+def test_the_grid_command_writes_the_reference_grids(folder: Path, asn_rl: Command) -> None:
+    for kind, count in (("full", 396), ("filtered", 143)):
+        assert asn_rl("grid", "--kind", kind, "--output", f"{kind}.yaml").status == 0
+        assert len(yaml.safe_load((folder / f"{kind}.yaml").read_text())["sampling_pipelines"]) == count
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_come_with_the_project_are_valid(config: Path) -> None:
+    from asn_rl.config import load_config
+    from asn_rl.job import JobConfig
+
+    head = config.read_text().splitlines()[:8]
+    assert any("hardware:" in line for line in head)
+    assert load_config(JobConfig, config).heuristics

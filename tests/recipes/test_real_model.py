@@ -1,0 +1,111 @@
+"""The whole job on the embedded model, small: nothing in it is a stand-in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from asn_rl.analysis.report import verdict, write_report
+from asn_rl.backends.hf import HFBackend
+from asn_rl.checkpoint import check_compatible, load_policy
+from asn_rl.config import load_config
+from asn_rl.data.store import load_trajectories
+from asn_rl.job import Job, JobConfig, compare, distil, label, reinforce
+from asn_rl.metrics import read_metrics
+from asn_rl.replay import replay
+from asn_rl.rollout import RolloutConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "backend.dtype=float32",
+    "data.limit=6",
+    "rollout.max_new_tokens=10",
+    "rollout.max_batch=16",
+    "heuristics=[{name: greedy, processors: [{name: greedy}]}, {name: T=1}]",
+    "label.num_generations=2",
+    "label.train_prompts=4",
+    "distill.epochs=2",
+    "grpo.steps=2",
+    "grpo.prompts_per_step=4",
+    "grpo.num_generations=4",
+    "grpo.save_every=1",
+    "compare.num_generations=2",
+    "compare.resamples=200",
+    "threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def job(smollm: HFBackend, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The demo's configuration on a few prompts, run to its end."""
+    config = load_config(JobConfig, ROOT / "configs" / "demo.yaml", SMALL)
+    job = Job(config, tmp_path_factory.mktemp("demo"))
+    compare(job)
+    write_report(job)
+    return job
+
+
+def test_the_labels_name_a_winner_for_every_labelled_prompt(job: Job) -> None:
+    labels = label(job)
+    assert list(labels["choices"]) == [prompt.id for prompt in job.prompts_to_label("train")]
+    assert len(labels["choices"]) == 4
+    assert set(labels["choices"].values()) <= {"greedy", "T=1"}
+    assert set(labels["selection"]["greedy"]) == {"arithmetic", "open"}
+
+
+def test_greedy_completions_of_a_prompt_are_alike_and_short_answers(job: Job) -> None:
+    out = load_trajectories(job.run / "comparison" / "greedy")
+    texts = [out.completions[i : i + 2] for i in range(0, len(out), 2)]
+    assert all(a == b for a, b in texts)
+    assert any(text.strip() for text, _ in texts)
+
+
+def test_grpo_moved_the_policy_and_left_its_reference(job: Job) -> None:
+    start, end = distil(job), reinforce(job)
+    moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters(), strict=True)]
+    assert any(moved)
+    rows = read_metrics(job.run)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["kl/exact"] >= 0 for row in rows)
+
+
+def test_the_policies_are_tied_to_their_base_model(job: Job) -> None:
+    spec = check_compatible(job.run / "policy", fingerprint=job.backend.fingerprint)
+    assert spec.base_model == "smollm2-135m-instruct"
+    assert spec.arguments["hidden_size"] == 576
+    assert "frozen" not in (job.run / "policy" / "README.md").read_text()
+
+
+def test_a_recorded_rollout_replays_to_its_logprobs(job: Job) -> None:
+    """Teacher forcing the sampled text gives back what was recorded, up to the rounding of another batch shape."""
+    out = load_trajectories(job.run / "comparison" / "rl").select(range(4))
+    config = RolloutConfig(max_new_tokens=10)
+    again, mismatch = replay(load_policy(job.run / "policy"), job.backend, out.prompts, out.completion_ids, config)
+    assert mismatch is None
+    torch.testing.assert_close(again.base_logprobs, out.base_logprobs, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(again.logprobs, out.logprobs, atol=2e-2, rtol=1e-2)
+
+
+def test_comparison_and_report_tell_the_same(job: Job) -> None:
+    comparison = compare(job)
+    page = (job.run / "report.html").read_text()
+    assert verdict(comparison).split(":")[0] in page
+    for row in comparison["rows"]:
+        assert f"{row['reward']['mean']:.3f}" in page
+        mean = sum(row["by_stratum"].values()) / len(row["by_stratum"])
+        assert row["reward"]["mean"] == pytest.approx(mean)
+
+
+def test_the_run_can_be_repeated_from_its_folder(job: Job, tmp_path: Path) -> None:
+    config = load_config(JobConfig, job.run / "config.yaml")
+    assert config == job.config
+    again = Job(replace(config, heuristics=config.heuristics), tmp_path / "again")
+    label(again)
+    first, second = (json.loads((j.run / "labels.json").read_text()) for j in (job, again))
+    assert first == second
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["grpo"]["steps"] == 2

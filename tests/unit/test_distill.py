@@ -1,0 +1,205 @@
+"""Distillation: the loss goes where it should, targets are those of the heuristics, refusals say what to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from asn_policies import OrderStatisticsNetwork, Pipeline, PolicyModule
+from asn_rl.backends.hf import HFBackend
+from asn_rl.backends.toy import ToyBackend
+from asn_rl.errors import DataError, InvalidValue, TrainingError
+from asn_rl.metrics import MetricsLogger, read_metrics
+from asn_rl.ops.losses import truncated_kl
+from asn_rl.ops.sketch import build_sketch, token_points
+from asn_rl.protocols import Policy
+from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.training.distill import DistillConfig, distill, full_logits_target, sketch_targets
+from asn_rl.types import Observation, Prompt, Trajectories
+
+ROLLOUT = RolloutConfig(max_new_tokens=8, head=32, tail=1)
+PROMPTS = [Prompt(f"p{i}", f"w{i}") for i in range(1, 21)]
+FAST = DistillConfig(epochs=100, minibatch_tokens=128, learning_rate=1e-2)
+
+
+def rule(name: str, **params: float) -> Pipeline:
+    return Pipeline([{"name": name, "params": params}])
+
+
+def visited(policy: Policy | None = None, prompts: list[Prompt] = PROMPTS, **options: object) -> Trajectories:
+    backend = ToyBackend.random(vocab=32, seed=0)
+    return rollout(policy or Pipeline([]), backend, prompts, ROLLOUT, num_generations=4, **options)  # type: ignore[arg-type]
+
+
+def small(**options: object) -> OrderStatisticsNetwork:
+    torch.manual_seed(0)
+    return OrderStatisticsNetwork(width=16, point_width=8, **options)  # type: ignore[arg-type]
+
+
+RULES = {
+    "temperature, cold": rule("temperature", temperature=0.4),
+    "temperature, hot": rule("temperature", temperature=2.0),
+    "top-k": rule("top_k", top_k=4),
+    "top-p": rule("top_p", top_p=0.8),
+    "min-p": rule("min_p", min_p=0.2),
+    "typical": rule("typical", mass=0.7),
+    "epsilon": rule("epsilon", epsilon=0.05),
+    "eta": rule("eta", epsilon=0.1),
+    "top-n-sigma": rule("top_n_sigma", n=1.0),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_classical_rule_is_learned_from_few_states(name: str) -> None:
+    """The features make every rule a line: KL falls to a small part of what the base model starts with."""
+    trajectories, target = visited(), RULES[name]
+    targets = sketch_targets([target], [0] * len(trajectories), trajectories)
+    start, leak = (part.mean() for part in truncated_kl(targets, trajectories.observations.sketch.log_mass, 1.0))
+    figures = distill(small(), trajectories, targets, FAST)
+    assert figures["eval/distill_kl"] < 0.2 * float(start)
+    assert figures["eval/distill_leak"] <= 0.1 * float(leak) + 1e-4
+
+
+def test_a_choice_by_prompt_is_learned_as_conditioning() -> None:
+    trajectories = visited()
+    choice = [i // 4 % 2 for i in range(len(trajectories))]
+    conditioned = trajectories.with_condition(nn.functional.one_hot(torch.tensor(choice), 2).float())
+    rules = [rule("temperature", temperature=0.4), rule("temperature", temperature=2.0)]
+    targets = sketch_targets(rules, choice, conditioned)
+    told = distill(small(inputs=["condition"], condition_size=2), conditioned, targets, FAST)
+    untold = distill(small(), conditioned, targets, FAST)
+    assert told["eval/distill_kl"] < 0.2 * untold["eval/distill_kl"]
+
+
+def test_sketch_targets_are_what_each_heuristic_answers() -> None:
+    trajectories = visited()
+    rules = [rule("top_p", top_p=0.7), rule("temperature", temperature=0.5)]
+    choice = [i % 2 for i in range(len(trajectories))]
+    targets = sketch_targets(rules, choice, trajectories)
+    for i, heuristic in enumerate(rules):
+        which = (torch.tensor(choice)[trajectories.rows] == i).nonzero().squeeze(-1)
+        assert torch.equal(targets[which], heuristic(trajectories.per_token(which)).logprobs)
+
+
+def test_full_logits_targets_equal_the_rule_on_the_vocabulary(smollm: HFBackend) -> None:
+    """A rule that cuts in the tail: computed token by token, then summed over the points of the sketch."""
+    size = RolloutConfig(max_new_tokens=4, head=8, tail=8)
+    heuristic = rule("top_k", top_k=20)  # beyond the head
+    out = rollout(
+        Pipeline([]), smollm, [Prompt("a", "Name an animal.")], size, num_generations=2,
+        probes={"target": full_logits_target(heuristic), "logits": lambda logits, sketch, points: logits},
+    )  # fmt: skip
+    for logits, target in zip(out.extras["logits"], out.extras["target"], strict=True):
+        kept = torch.full_like(logits, -math.inf)
+        top = logits.topk(20).indices
+        kept[top] = logits[top]
+        probs = torch.softmax(kept.double(), -1)
+        _, points = build_sketch(logits[None], size.size)
+        owner = token_points(logits[None], points)[0]
+        expected = torch.zeros(16, dtype=torch.float64).index_add(0, owner.clamp_min(0), probs)
+        torch.testing.assert_close(target.double().exp(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_full_logits_and_sketch_targets_agree_where_no_rule_cuts_in_the_tail(smollm: HFBackend) -> None:
+    heuristic = rule("top_p", top_p=0.6)
+    out = rollout(
+        Pipeline([]), smollm, [Prompt("a", "What is 3 + 4?")], RolloutConfig(max_new_tokens=6), num_generations=2,
+        probes={"target": full_logits_target(heuristic)},
+    )  # fmt: skip
+    on_sketch = sketch_targets([heuristic], [0, 0], out).exp()
+    torch.testing.assert_close(out.extras["target"].exp(), on_sketch, atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_on_the_real_model_moves_towards_the_rule(smollm: HFBackend) -> None:
+    prompts = [Prompt(f"p{i}", f"Name {thing}.") for i, thing in enumerate(("a bird", "a city", "a color", "a sport"))]
+    out = rollout(Pipeline([]), smollm, prompts, RolloutConfig(max_new_tokens=8), num_generations=4)
+    heuristic = rule("min_p", min_p=0.1)
+    targets = sketch_targets([heuristic], [0] * len(out), out)
+    before = truncated_kl(targets, out.observations.sketch.log_mass, 1.0)[0].mean()
+    figures = distill(small(), out, targets, replace(FAST, minibatch_tokens=64, holdout=0.25))
+    assert figures["eval/distill_kl"] < 0.3 * float(before)
+
+
+def test_same_seed_same_weights() -> None:
+    trajectories = visited()
+    targets = sketch_targets([RULES["top-p"]], [0] * len(trajectories), trajectories)
+    first, second = small(), small()
+    for policy in (first, second):
+        distill(policy, trajectories, targets, replace(FAST, epochs=2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_tokens_of_weight_zero_do_not_teach() -> None:
+    trajectories = visited()
+    half = torch.arange(len(trajectories.points)) % 2
+    targets = sketch_targets([RULES["temperature, cold"]], [0] * len(trajectories), trajectories)
+    targets[half == 0] = sketch_targets([RULES["temperature, hot"]], [0] * len(trajectories), trajectories)[half == 0]
+    policy = small()
+    distill(policy, trajectories, targets, replace(FAST, holdout=0.0), weights=half.float())
+    obs = trajectories.per_token((half == 1).nonzero().squeeze(-1))
+    with torch.no_grad():
+        divergence, _ = truncated_kl(RULES["temperature, cold"](obs).logprobs, policy(obs).logprobs, 1.0)
+    assert float(divergence.mean()) < 0.02
+
+
+def test_no_prompt_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
+    """A policy that can memorise prompts shows it: its held-out loss stays above its training loss."""
+    trajectories = visited(capture=("prompt_embedding",))
+    targets = sketch_targets([rule("temperature", temperature=t) for t in (0.3, 3.0)],
+                             [int(p.id[1:]) * 7 % 5 % 2 for p in trajectories.prompts], trajectories)  # fmt: skip
+    policy = small(inputs=["prompt_embedding"], hidden_size=32)
+    with MetricsLogger(tmp_path) as log:
+        distill(policy, trajectories, targets, replace(FAST, holdout=0.3), log=log)
+    last = read_metrics(tmp_path)[-1]
+    assert last["eval/distill_kl"] > 2 * last["loss/distill_kl"]
+
+
+class Frozen(PolicyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def shift(self, obs: Observation) -> Tensor:
+        return torch.zeros_like(obs.sketch.log_mass)
+
+
+class TestRefusals:
+    def test_a_policy_without_gradient_fails(self) -> None:
+        trajectories = visited()
+        targets = sketch_targets([RULES["top-k"]], [0] * len(trajectories), trajectories)
+        with pytest.raises((TrainingError, RuntimeError), match=r"gradient|does not require grad"):
+            distill(Frozen(), trajectories, targets, FAST)
+
+    def test_heuristics_cannot_be_distilled_into(self) -> None:
+        trajectories = visited()
+        with pytest.raises(TrainingError, match="no trainable parameter"):
+            distill(Pipeline([]), trajectories, trajectories.observations.sketch.log_mass, FAST)
+
+    def test_stateful_heuristics_need_the_rollout(self) -> None:
+        trajectories = visited()
+        with pytest.raises(DataError, match="full_logits_target"):
+            sketch_targets([rule("mirostat", tau=2.0)], [0] * len(trajectories), trajectories)
+
+    def test_targets_of_another_shape(self) -> None:
+        trajectories = visited()
+        with pytest.raises(InvalidValue, match="targets shape"):
+            distill(small(), trajectories, trajectories.observations.sketch.log_mass[:, :-1], FAST)
+
+    def test_a_policy_that_cuts_hard_cannot_be_trained(self) -> None:
+        trajectories = visited()
+        policy = small(hard_cut=True)
+        nn.init.constant_(policy.margin.bias, -1.0)
+        with pytest.raises(TrainingError, match="cuts hard"):
+            distill(policy, trajectories, trajectories.observations.sketch.log_mass, FAST)
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("epochs", 0), ("minibatch_tokens", 0), ("holdout", 1.0), ("gamma", -1.0)]
+    )
+    def test_illegal_settings_are_named(self, key: str, value: float) -> None:
+        with pytest.raises(InvalidValue, match=key):
+            replace(FAST, **{key: value})  # type: ignore[arg-type]
