@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in _JOB_VERBS.items():
         _add_job_verb(verbs, name, summary)
     _add(
+        verbs, "keys", "list every setting of a job with its default and meaning", "asn-rl keys", _keys, lambda p: None
+    )
+    _add(
         verbs,
         "grid",
         "write a grid of sampling pipelines as YAML",
@@ -72,13 +75,12 @@ def _add(
     example: str,
     function: Callable[[argparse.Namespace], None],
     options: Callable[[argparse.ArgumentParser], object],
-    epilog: str = "",
 ) -> None:
     parser = verbs.add_parser(
         name,
         help=summary,
         description=summary,
-        epilog=f"example:\n  {example}\n{epilog}",
+        epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options(parser)
@@ -90,22 +92,18 @@ def _add_job_verb(verbs: argparse._SubParsersAction, name: str, summary: str) ->
         parser.add_argument("--config", type=Path, required=True, help="YAML file, for example configs/demo.yaml")
         parser.add_argument("--run", type=Path, required=True, help="run folder; an unfinished one is continued")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-        parser.add_argument("--keys", action="store_true", help="list all settings and exit")
         if name == "grpo":
             parser.add_argument("--init", type=Path, help="policy folder to start from; default: RUN/distilled")
             parser.add_argument("--reference", type=Path, help="policy folder of the KL penalty; default: the start")
 
     example = f"asn-rl {name} --config configs/demo.yaml --run runs/demo grpo.steps=10"
-    _add(verbs, name, summary, example, _job_verb, options, "--keys lists every setting with its default and meaning.")
+    _add(verbs, name, summary, example, _job_verb, options)
 
 
 def _job_verb(options: argparse.Namespace) -> None:
-    from asn_rl.config import describe, load_config
+    from asn_rl.config import load_config
     from asn_rl.job import JobConfig
 
-    if options.keys:
-        print(describe(JobConfig))
-        return
     config = load_config(JobConfig, options.config, options.overrides)
 
     from asn_rl import job as stages
@@ -122,6 +120,13 @@ def _job_verb(options: argparse.Namespace) -> None:
         print_comparison(stages.compare(job))
         if options.verb in ("report", "run"):
             print(f"report: {write_report(job)}")
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from asn_rl.config import describe
+    from asn_rl.job import JobConfig
+
+    print(describe(JobConfig))
 
 
 def _grid(options: argparse.Namespace) -> None:

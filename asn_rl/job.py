@@ -67,7 +67,7 @@ class LabelConfig:
     """completions of every prompt under every heuristic; rewards that compare a group need the size they are used at"""
     train_prompts: int | None = None
     """training prompts to label, drawn at random and alike from every stratum; null: all"""
-    shrinkage: float = 8.0
+    shrinkage: float = 32.0
     """samples that the mean of a prompt's stratum is worth when its best heuristic is chosen"""
     seed: int = 1000
     """keys the draws"""

@@ -1,7 +1,7 @@
 """Cost of deciding how to sample, as a share of the base model's own decoding step.
 
-One side: the base model's forward for one token, 64 rows with a KV cache. Other side: sketch, context, policy and
-choice of the token for the same 64 rows of logits. Both in the same process, alternating.
+One side: the base model's forward for one token, 64 chat prompts with a KV cache. Other side: sketch, context, policy
+and choice of the token for the same 64 rows of logits. Both in the same process, on all threads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from _benchmark import finish, options, seconds
 
 from asn_policies import OrderStatisticsNetwork
 from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.data import DataConfig, load_prompts
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.types import Observation
@@ -25,7 +26,7 @@ GOAL = 0.12
 
 
 def main() -> int:
-    arguments = options(__doc__ or "", "python scripts/benchmark_step.py --rows 64 --context 64", rows=64, context=64)
+    arguments = options(__doc__ or "", "python scripts/benchmark_step.py --rows 64", rows=64)
     set_threads(arguments.threads)
     repeats = 5 if arguments.quick else 25
     shares = {dtype: _share(dtype, arguments, repeats) for dtype in ("bfloat16", "float32")}
@@ -37,9 +38,9 @@ def _share(dtype: str, arguments, repeats: int) -> float:
     backend = load_backend(BackendConfig(dtype=dtype))  # type: ignore[arg-type]
     rows = arguments.rows
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(100, 40_000, (arguments.context,), generator=generator).tolist()
-    session = backend.start([prompt], repeats=rows)
-    tokens = torch.randint(100, 40_000, (rows,), generator=generator)
+    prompts = load_prompts(DataConfig(), "train")
+    session = backend.start([backend.encode(prompts[i % len(prompts)].content) for i in range(rows)])
+    tokens = torch.multinomial(session.logits.float().softmax(-1), 1, generator=generator).squeeze(-1)
     session.step(tokens)
     logits = session.logits.clone()
     policy, size = OrderStatisticsNetwork(), SketchSize()
@@ -54,7 +55,7 @@ def _share(dtype: str, arguments, repeats: int) -> float:
     model = seconds(lambda: session.step(tokens), repeats)
     decision = seconds(decide, repeats)
     print(f"{dtype}: model {1e3 * model:.1f} ms, sketch + policy + choice {1e3 * decision:.1f} ms, ", end="")
-    print(f"share {decision / model:.1%} ({rows} rows, context {arguments.context}, {torch.get_num_threads()} threads)")
+    print(f"share {decision / model:.1%} ({rows} rows, {torch.get_num_threads()} threads)")
     return decision / model
 
 

@@ -28,6 +28,9 @@ from asn_rl.types import Observation
 POINT_FEATURES = ("logprob", "gap", "mass_above", "log_rank", "entropy_distance", "typical_mass", "log_count")
 GLOBAL_FEATURES = ("entropy", "varentropy", "max_logprob", "effective_support", "logit_spread")
 _START_MARGIN = 2.0
+# A rule that cuts needs margins of tens, greedy decoding a slope of several: these units let few steps reach them.
+_SHARPNESS = 10.0
+_STEEPNESS = 4.0
 
 
 class OrderStatisticsNetwork(PolicyModule):
@@ -66,7 +69,12 @@ class OrderStatisticsNetwork(PolicyModule):
         self.needs = frozenset(inputs)
         self.max_slope, self.hard_cut = max_slope, hard_cut
         self.projections = nn.ModuleDict(
-            {name: nn.Sequential(nn.LayerNorm(sizes[name]), nn.Linear(sizes[name], projection)) for name in inputs}
+            {
+                name: nn.Sequential(
+                    nn.LayerNorm(sizes[name], elementwise_affine=False), nn.Linear(sizes[name], projection)
+                )
+                for name in inputs
+            }
         )
         summary = len(GLOBAL_FEATURES) + CONTEXT_SIZE + projection * len(inputs)
         self.summary = nn.Sequential(nn.Linear(summary, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -78,13 +86,13 @@ class OrderStatisticsNetwork(PolicyModule):
         for layer in (self.slope, self.margin, self.residual):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.margin.bias.data[0] = _START_MARGIN
+        self.margin.bias.data[0] = _START_MARGIN / _SHARPNESS
 
     def shift(self, obs: Observation) -> Tensor:
         features = point_features(obs)
         summary = self.summary(self._summary_inputs(obs))
-        slope = self.max_slope * torch.tanh(self.slope(summary) / self.max_slope)
-        margin = self.margin(summary)
+        slope = self.max_slope * torch.tanh(_STEEPNESS * self.slope(summary) / self.max_slope)
+        margin = _SHARPNESS * self.margin(summary)
         margin = margin[..., :1] + (features * margin[..., None, 1:]).sum(-1)
         hidden = nn.functional.silu(self.from_features(features) + self.to_point(summary).unsqueeze(-2))
         gate = nn.functional.logsigmoid(margin)

@@ -173,7 +173,7 @@ def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Com
     assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["run", "label", "distill", "grpo", "compare", "report", "grid", "model"])
+@pytest.mark.parametrize("verb", ["run", "label", "distill", "grpo", "compare", "report", "keys", "grid", "model"])
 def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
@@ -182,7 +182,7 @@ def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.Captur
 
 
 def test_all_settings_are_listed_with_their_meaning(folder: Path, asn_rl: Command) -> None:
-    done = asn_rl(*job("run"), "--keys")
+    done = asn_rl("keys")
     assert done.status == 0
     lines = done.stdout.splitlines()
     for key in ("grpo.beta", "rollout.max_new_tokens", "backend.model", "label.train_prompts", "compare.level"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from asn_policies import OrderStatisticsNetwork
-from asn_policies.order_statistics import GLOBAL_FEATURES, POINT_FEATURES, global_features, point_features
+from asn_policies.order_statistics import _STEEPNESS, GLOBAL_FEATURES, POINT_FEATURES, global_features, point_features
 from asn_rl.errors import InvalidValue
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch
@@ -93,9 +93,9 @@ def test_the_most_probable_point_survives_any_gate() -> None:
 
 
 def test_a_slope_is_a_temperature() -> None:
-    policy = OrderStatisticsNetwork(max_slope=1e6)
+    policy = OrderStatisticsNetwork(max_slope=1e4)
     with torch.no_grad():
-        policy.slope.bias.fill_(1 / 0.5 - 1)
+        policy.slope.bias.fill_((1 / 0.5 - 1) / _STEEPNESS)
     expected = torch.softmax(LOGITS.sort(-1, descending=True).values / 0.5, -1)
     torch.testing.assert_close(policy(observe(LOGITS)).logprobs.exp()[:, :40], expected, atol=1e-5, rtol=1e-4)
 

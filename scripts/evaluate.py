@@ -1,0 +1,93 @@
+"""Evaluation: policy folders against static sampling rules on held-out prompts, with paired bootstrap intervals.
+
+    python scripts/evaluate.py --policy policies/min-p runs/rl/policy --reward numeric_answer distinct_valid
+    python scripts/evaluate.py --policy runs/rl/policy --reward math_answer --source jsonl --path questions.jsonl \
+        --pipelines pipelines.yaml
+
+Differences are those to the first static rule. `--pipelines` is a file as `asn-rl grid` writes it; the default is
+greedy and the base model at temperature 1. Choose the best static rule on other prompts: `--split selection`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from asn_rl.threads import limit_spinning, set_threads
+
+limit_spinning()
+
+import yaml
+
+from asn_policies import Pipeline
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.checkpoint import check_compatible, load_policy
+from asn_rl.data import DataConfig, load_prompts
+from asn_rl.errors import AsnError
+from asn_rl.evaluation.comparison import Arm, judge, run_arm, table
+from asn_rl.rewards.compose import RewardConfig, RewardSuite
+from asn_rl.rollout import RolloutConfig
+from asn_rl.runs import console, progress
+
+STATIC = [{"name": "greedy", "processors": [{"name": "greedy"}]}, {"name": "T=1", "processors": []}]
+
+
+def main() -> int:
+    options = _options()
+    set_threads(None)
+    try:
+        rows = evaluate(options)
+    except AsnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        reward, gap = row["reward"], row["difference"]
+        console.print(
+            f"{row['name']:{width}s}  {reward['mean']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}]  difference "
+            f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]  tokens {row['tokens']:.1f}  truncated "
+            f"{row['truncated']:.0%}",
+            highlight=False,
+        )
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> list[dict]:
+    backend = load_backend(BackendConfig(model=options.model, device=options.device))
+    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), options.split)
+    declared = yaml.safe_load(options.pipelines.read_text())["sampling_pipelines"] if options.pipelines else STATIC
+    arms = [Arm(entry["name"], Pipeline(entry["processors"])) for entry in declared]
+    for folder in options.policy:
+        check_compatible(folder, fingerprint=backend.fingerprint)
+        arms.append(Arm(str(folder), load_policy(folder)))
+    rewards = RewardSuite([RewardConfig(name) for name in options.reward])
+    config, samples = RolloutConfig(max_new_tokens=options.max_new_tokens), options.num_generations
+    results = []
+    with progress("evaluate", len(arms)) as advance:
+        for arm in arms:
+            results.append(
+                judge(arm.name, run_arm(arm, backend, prompts, config, samples, options.seed), rewards, samples)
+            )
+            advance(1, arm.name)
+    return table(results, ["all"] * len(prompts), arms[0].name)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, nargs="+", required=True, help="policy folders")
+    parser.add_argument("--reward", nargs="+", required=True, help="reward names or module:function")
+    parser.add_argument("--pipelines", type=Path, help="YAML file of static rules; default: greedy and T = 1")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
+    parser.add_argument("--path", help="file of the jsonl source")
+    parser.add_argument("--split", default="test", choices=("train", "selection", "test"), help="which prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
+    parser.add_argument("--num-generations", type=int, default=8, help="completions of every prompt under every arm")
+    parser.add_argument("--seed", type=int, default=2000, help="keys every draw")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

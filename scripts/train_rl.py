@@ -1,0 +1,86 @@
+"""Reinforcement learning: GRPO from any policy folder, with any reward, against an older checkpoint.
+
+    python scripts/train_rl.py --init policies/min-p --reward numeric_answer distinct_valid --run runs/rl
+    python scripts/train_rl.py --init policies/nucleus --reward my_rewards:brevity \
+        --source jsonl --path questions.jsonl --run runs/brief --steps 50
+
+Rewards are built-in names or `module:function` with TRL's signature; several are summed. The run folder holds
+checkpoints, metrics (JSONL, TensorBoard) and rollouts; the same command continues an interrupted run. All settings of
+GRPO are fields of `GRPOConfig`; `asn-rl grpo` takes them from YAML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from asn_rl.threads import limit_spinning, set_threads
+
+limit_spinning()
+
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.checkpoint import check_compatible, load_policy
+from asn_rl.data import DataConfig, load_prompts
+from asn_rl.errors import AsnError
+from asn_rl.rewards.compose import RewardConfig, RewardSuite
+from asn_rl.rollout import RolloutConfig
+from asn_rl.training.grpo import GRPOConfig, train
+
+
+def main() -> int:
+    options = _options()
+    set_threads(None)
+    try:
+        run(options)
+    except AsnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"the policy is in {options.run / 'policy'}; curves: tensorboard --logdir {options.run}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    backend = load_backend(BackendConfig(model=options.model, device=options.device))
+    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), "train")
+    check_compatible(options.init, fingerprint=backend.fingerprint)
+    size = RolloutConfig(max_new_tokens=options.max_new_tokens)
+    train(
+        load_policy(options.init),
+        load_policy(options.reference or options.init),
+        backend,
+        prompts,
+        RewardSuite([RewardConfig(name) for name in options.reward]),
+        size,
+        GRPOConfig(steps=options.steps, learning_rate=options.learning_rate, beta=options.beta, seed=options.seed),
+        options.run,
+        metadata={
+            "base_model": options.model,
+            "fingerprint": backend.fingerprint,
+            "sketch": {"head": size.head, "tail": size.tail},
+        },
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, required=True, help="policy folder to start from")
+    parser.add_argument("--reference", type=Path, help="policy folder of the KL penalty; default: the start")
+    parser.add_argument("--reward", nargs="+", required=True, help="reward names or module:function")
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
+    parser.add_argument("--path", help="file of the jsonl source")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
+    parser.add_argument("--steps", type=int, default=50, help="policy updates")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW step size")
+    parser.add_argument("--beta", type=float, default=0.05, help="coefficient of the KL penalty")
+    parser.add_argument("--seed", type=int, default=0, help="keys every draw")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Supervised training: distil one sampling pipeline into a policy, on your prompts.
+
+    python scripts/train_supervised.py --pipeline 'min_p: {min_p: 0.1}' --output policies/min-p
+    python scripts/train_supervised.py --source jsonl --path questions.jsonl \
+        --pipeline 'temperature: {temperature: 0.7}' 'top_p: {top_p: 0.9}' --output policies/nucleus
+
+The functions are those of the library; copy this file and change what you need. To choose the pipeline prompt by
+prompt, by reward, use `asn-rl distill`, which labels first. `scripts/train_rl.py` continues from the
+folder this one writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from asn_rl.threads import limit_spinning, set_threads
+
+limit_spinning()
+
+import torch
+import yaml
+
+from asn_policies import OrderStatisticsNetwork, Pipeline
+from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.checkpoint import save_policy
+from asn_rl.data import DataConfig, load_prompts
+from asn_rl.errors import AsnError
+from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.training.distill import DistillConfig, distill, sketch_targets
+
+
+def main() -> int:
+    options = _options()
+    set_threads(None)
+    try:
+        figures = train(options)
+    except AsnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"held-out KL {figures['eval/distill_kl']:.4f} nats a token; the policy is in {options.output}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> dict[str, float]:
+    backend = load_backend(BackendConfig(model=options.model, device=options.device))
+    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), "train")
+    steps = [{"name": name, "params": params or {}} for step in options.pipeline for name, params in step.items()]
+    heuristic, size = Pipeline(steps), RolloutConfig(max_new_tokens=options.max_new_tokens)
+    print(f"{len(prompts)} prompts x {options.num_generations} completions under {steps}")
+    visited = rollout(heuristic, backend, prompts, size, num_generations=options.num_generations, seed=options.seed)
+    targets = sketch_targets([heuristic], [0] * len(visited), visited)
+    torch.manual_seed(options.seed)
+    policy = OrderStatisticsNetwork()
+    figures = distill(policy, visited, targets, DistillConfig(epochs=options.epochs, seed=options.seed))
+    sketch = {"head": size.head, "tail": size.tail}
+    save_policy(options.output, policy, base_model=options.model, fingerprint=backend.fingerprint, sketch=sketch)
+    return dict(figures)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
+    parser.add_argument("--path", help="file of the jsonl source")
+    parser.add_argument(
+        "--pipeline", nargs="+", type=yaml.safe_load, required=True, help="steps 'name: {param: value}'"
+    )
+    parser.add_argument("--output", required=True, help="folder the policy is written to")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
+    parser.add_argument("--num-generations", type=int, default=4, help="completions of every prompt")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the recorded tokens")
+    parser.add_argument("--seed", type=int, default=0, help="keys every draw")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
