@@ -23,7 +23,7 @@ from asn_rl.rollout import RolloutConfig
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "backend.dtype=float32",
-    "data.limit=6",
+    "data.limit=12",
     "rollout.max_new_tokens=10",
     "rollout.max_batch=16",
     "heuristics=[{name: greedy, processors: [{name: greedy}]}, {name: T=1}]",
