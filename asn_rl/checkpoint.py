@@ -262,6 +262,12 @@ def remove_old_checkpoints(run: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def remove_unfinished_checkpoints(run: Path) -> None:
+    """What a killed process left of the checkpoint it was writing."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def rng_state() -> dict[str, Any]:
     """Every global random state a run may draw from, in the form `save_state` takes."""
     legacy = np.random.get_state(legacy=False)  # noqa: NPY002  (the global state of user code, such as rewards)

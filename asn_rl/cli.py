@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asn_rl import __version__
 from asn_rl.errors import AsnError
+from asn_rl.registry import allow_local_plugins
 from asn_rl.threads import limit_spinning
 
 _JOB_VERBS = {
@@ -24,11 +25,15 @@ _JOB_VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. 2: an error that a change of the command mends, 130: interrupted."""
     limit_spinning()
+    allow_local_plugins()
     options = _parser().parse_args(arguments)
     try:
         options.function(options)
     except AsnError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}. Mend it, and the same command continues from what is done", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from what is done", file=sys.stderr)
@@ -92,9 +97,6 @@ def _add_job_verb(verbs: argparse._SubParsersAction, name: str, summary: str) ->
         parser.add_argument("--config", type=Path, required=True, help="YAML file, for example configs/demo.yaml")
         parser.add_argument("--run", type=Path, required=True, help="run folder; an unfinished one is continued")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-        if name == "grpo":
-            parser.add_argument("--init", type=Path, help="policy folder to start from; default: RUN/distilled")
-            parser.add_argument("--reference", type=Path, help="policy folder of the KL penalty; default: the start")
 
     example = f"asn-rl {name} --config configs/demo.yaml --run runs/demo grpo.steps=10"
     _add(verbs, name, summary, example, _job_verb, options)
@@ -115,7 +117,7 @@ def _job_verb(options: argparse.Namespace) -> None:
     elif options.verb == "distill":
         stages.distil(job)
     elif options.verb == "grpo":
-        stages.reinforce(job, init=options.init, reference=options.reference)
+        stages.reinforce(job)
     else:
         print_comparison(stages.compare(job))
         if options.verb in ("report", "run"):

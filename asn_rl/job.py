@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +23,9 @@ from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.data.sampler import PromptSampler
 from asn_rl.data.store import load_trajectories, save_trajectories
-from asn_rl.errors import ConfigError, InvalidValue
-from asn_rl.evaluation.comparison import Arm, ArmResult, best_static, by_stratum, judge, run_arm, table
-from asn_rl.evaluation.statistics import split_half_oracle
+from asn_rl.errors import ConfigError, DataError, InvalidValue
+from asn_rl.evaluation.comparison import Arm, ArmResult, arm_result, best_static, by_stratum, run_arm, table
+from asn_rl.evaluation.statistics import masked_mean, split_half_oracle
 from asn_rl.metrics import MetricsLogger
 from asn_rl.protocols import LogitsBackend, TrainablePolicy
 from asn_rl.registry import load_attribute
@@ -73,6 +74,10 @@ class LabelConfig:
     """keys the draws"""
 
     def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise InvalidValue("num_generations", self.num_generations, ">= 2", "headroom is measured on split halves")
+        if not self.shrinkage >= 0:
+            raise InvalidValue("shrinkage", self.shrinkage, ">= 0")
         if self.train_prompts is not None and self.train_prompts < 1:
             raise InvalidValue("train_prompts", self.train_prompts, ">= 1", "null labels all training prompts")
 
@@ -92,6 +97,13 @@ class CompareConfig:
     seed: int = 2000
     """keys the draws"""
 
+    def __post_init__(self) -> None:
+        for name in ("num_generations", "resamples"):
+            if getattr(self, name) < 1:
+                raise InvalidValue(name, getattr(self, name), ">= 1")
+        if not 0 < self.level < 1:
+            raise InvalidValue("level", self.level, "in (0, 1)")
+
 
 @dataclass(frozen=True)
 class JobConfig:
@@ -103,6 +115,10 @@ class JobConfig:
     """reward functions, {function, weight, ...}"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicySpec = field(default_factory=PolicySpec)
+    init: str | None = None
+    """policy folder that GRPO starts from; null: what the distillation made"""
+    reference: str | None = None
+    """policy folder that the KL penalty holds to; null: where GRPO starts"""
     pipeline: str = "asn_policies:Pipeline"
     """class that makes a policy of a heuristic's processors"""
     heuristics: tuple[HeuristicSpec, ...] = ()
@@ -116,11 +132,16 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         names = [heuristic.name for heuristic in self.heuristics]
+        for name in names:  # they become folders
+            if not re.fullmatch(r"[\w=.,:+-]+( [\w=.,:+-]+)*", name) or name.startswith("."):
+                raise InvalidValue("heuristic name", name, "letters, digits and = . , : + - with single spaces")
         if len(set(names)) != len(names):
             raise InvalidValue("heuristics", names, "names that differ")
         reserved = {"distilled", "rl"} & set(names)
         if reserved:
             raise InvalidValue("heuristics", sorted(reserved), "names other than those of the learned policies")
+        if self.threads is not None and self.threads < 1:
+            raise InvalidValue("threads", self.threads, ">= 1", "null takes all cores")
         if not self.rewards:
             raise ConfigError("rewards is empty; give at least one, for example [{function: numeric_answer}]")
 
@@ -162,6 +183,9 @@ class Job:
 
     def strata(self, prompts: Sequence[Prompt]) -> list[str]:
         column = self.config.compare.stratify_by
+        lacking = [prompt.id for prompt in prompts if column is not None and column not in prompt.columns]
+        if lacking:
+            raise DataError(f"prompt {lacking[0]!r} lacks the column {column!r} that compare.stratify_by names")
         return [str(prompt.columns[column]) if column else "all" for prompt in prompts]
 
     def new_policy(self) -> TrainablePolicy:
@@ -193,16 +217,21 @@ def label(job: Job) -> dict[str, Any]:
     config = job.config.label
     if not job.arms:
         raise ConfigError("heuristics is empty; declare a grid of static rules to distil from and compare with")
+    for arm in job.arms:
+        if arm.policy.initial_state(1, torch.device("cpu")) is not None:
+            raise ConfigError(
+                f"heuristic {arm.name!r} carries state, and a state's targets cannot be distilled; drop it"
+            )
+    prompts = {split: job.prompts_to_label(split) for split in ("selection", "train")}
+    strata = {split: job.strata(prompts[split]) for split in prompts}
     results: dict[str, list[ArmResult]] = {}
     with progress("label", 2 * len(job.arms)) as advance:
         for split in ("selection", "train"):
             results[split] = []
             for arm in job.arms:
                 trajectories = _stored_rollout(job, arm, split)
-                results[split].append(judge(arm.name, trajectories, job.rewards, config.num_generations))
+                results[split].append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
                 advance(1, f"{arm.name} on {split}")
-    prompts = {split: job.prompts_to_label(split) for split in results}
-    strata = {split: job.strata(prompts[split]) for split in results}
     rewards = np.stack([result.rewards for result in results["train"]])
     oracle, static = split_half_oracle(rewards, strata["train"])
     ids = [prompt.id for prompt in prompts["train"]]
@@ -217,12 +246,16 @@ def label(job: Job) -> dict[str, Any]:
 
 
 def _choose(results: Sequence[ArmResult], strata: Sequence[str], config: LabelConfig) -> list[str]:
-    """The heuristic with the best mean reward for each prompt, shrunk towards the mean of the prompt's stratum."""
+    """The heuristic with the best mean reward for each prompt, shrunk towards the mean of the prompt's stratum.
+
+    A prompt whose samples are all masked under an arm counts there with the stratum's mean.
+    """
     means = np.stack([result.per_prompt() for result in results])  # (arms, prompts)
     labels = np.asarray(strata)
-    prior = np.stack([means[:, labels == stratum].mean(1) for stratum in strata], 1)
+    prior = np.stack([masked_mean(means[:, labels == stratum]) for stratum in strata], 1)
     weight = config.num_generations / (config.num_generations + config.shrinkage)
-    return [results[i].name for i in (weight * means + (1 - weight) * prior).argmax(0)]
+    shrunk = np.where(np.isnan(means), prior, weight * means + (1 - weight) * prior)
+    return [results[i].name for i in np.where(np.isnan(shrunk), -np.inf, shrunk).argmax(0)]
 
 
 def _stored_rollout(job: Job, arm: Arm, split: str) -> Trajectories:
@@ -270,18 +303,13 @@ def _without_copies(trajectories: Trajectories) -> list[int]:
     return keep
 
 
-def reinforce(job: Job, *, init: str | Path | None = None, reference: str | Path | None = None) -> TrainablePolicy:
-    """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`.
-
-    Args:
-        init: policy folder to start from; default: what `distil` made.
-        reference: policy folder that the KL penalty holds to; default: the start.
-    """
+def reinforce(job: Job) -> TrainablePolicy:
+    """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`."""
     if (job.run / "policy").exists():
         return load_policy(job.run / "policy")
-    start = Path(init) if init else job.run / "distilled"
-    policy = load_policy(start) if init else distil(job)
-    anchor = Path(reference) if reference else start
+    start = Path(job.config.init or job.run / "distilled")
+    policy = load_policy(start) if job.config.init else distil(job)
+    anchor = Path(job.config.reference or start)
     spec = check_compatible(start, fingerprint=job.backend.fingerprint)
     check_compatible(anchor, fingerprint=job.backend.fingerprint, architecture=spec.policy)
     return train(
@@ -305,16 +333,21 @@ def compare(job: Job) -> dict[str, Any]:
         return json.loads(path.read_text())
     labels, config = label(job), job.config.compare
     best = labels["best_static"]
-    static = {arm.name: arm for arm in job.arms}
+    pipeline = load_attribute(job.config.pipeline)
+    static = {
+        GREEDY: Arm(GREEDY, pipeline([{"name": GREEDY}]), deterministic=True),
+        BASE: Arm(BASE, pipeline([])),
+        **{arm.name: arm for arm in job.arms},
+    }
     learned = [Arm("distilled", distil(job)), Arm("rl", reinforce(job))]
-    arms = [static[name] for name in dict.fromkeys([GREEDY, BASE, best]) if name in static] + learned
+    arms = [static[name] for name in dict.fromkeys([GREEDY, BASE, best])] + learned
     prompts = job.prompts("test")
     strata = job.strata(prompts)
     results = []
     with progress("compare", len(arms)) as advance:
         for arm in arms:
             trajectories = _test_rollout(job, arm, prompts)
-            results.append(judge(arm.name, trajectories, job.rewards, config.num_generations))
+            results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
             advance(1, arm.name)
     options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
     comparison = {

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from asn_rl.types import Messages, Observation, PolicyOutput, Prompt, State
+from asn_rl.types import Messages, Observation, PolicyOutput, State
 
 
 @runtime_checkable
@@ -115,9 +115,3 @@ class RewardFunction(Protocol):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]: ...
-
-
-class PromptSource(Protocol):
-    """Yields the prompts of one split."""
-
-    def __call__(self, split: str) -> list[Prompt]: ...

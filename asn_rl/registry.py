@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from asn_rl.errors import ConfigError, UnknownName
@@ -27,6 +29,12 @@ class Registry:
             advice = f"Or give a {self.what} of your own as 'module:attribute'."
             raise UnknownName(self.what, name, self.entries, advice)
         return load_attribute(self.entries.get(name, name))
+
+
+def allow_local_plugins() -> None:
+    """Let "module:attribute" name a module in the working folder, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def load_attribute(path: str) -> Any:

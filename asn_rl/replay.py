@@ -11,6 +11,7 @@ from torch import Tensor
 from asn_rl.errors import DataError
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import build_sketch, points_of
+from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rollout import RolloutConfig, checked_ids, checked_needs, checked_probs, concatenate
 from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
@@ -51,6 +52,7 @@ def replay(
             probability, or lists of different lengths.
     """
     _check_lengths(prompts, completion_ids, sample, logprobs, conditions)
+    place(policy, backend.device)
     parts = [
         _replay_one(policy, backend, prompt, list(ids), config, 0 if sample is None else sample[i], _row(conditions, i))
         for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
@@ -59,7 +61,7 @@ def replay(
     if logprobs is None:
         return trajectories, None
     recorded = torch.tensor([value for row in logprobs for value in row], dtype=torch.float32)
-    gap = (recorded - trajectories.logprobs).abs()
+    gap = (recorded - trajectories.behaviour_logprobs).abs()
     mismatch = Mismatch(gap.mean().item(), gap.max().item(), len(gap))
     return trajectories.with_logprobs(recorded), mismatch
 
@@ -133,7 +135,7 @@ def _replay_one(
         terminated=torch.tensor([ids[-1] in backend.eos_token_ids]),
         observations=Observation(sketch, context, own_hidden, embedding, condition).to("cpu"),
         points=points.squeeze(-1).cpu(),
-        logprobs=(output.gather(-1, points).squeeze(-1) + inner).cpu(),
+        behaviour_logprobs=(output.gather(-1, points).squeeze(-1) + inner).cpu(),
         base_logprobs=base.cpu(),
     )
 

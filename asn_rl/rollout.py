@@ -19,6 +19,7 @@ from torch import Tensor
 from asn_rl.errors import DataError, InvalidPolicyOutput, InvalidValue
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
+from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, Trajectories
 
@@ -67,6 +68,8 @@ def rollout(
 ) -> Trajectories:
     """Sample `num_generations` completions of every prompt; completions of a prompt are adjacent.
 
+    The policy is moved to the base model's device; the trajectories come back on the CPU.
+
     Args:
         conditions: (len(prompts), n) what the policy is conditioned on, one row a prompt.
         capture: optional observation entries to record beside those the policy needs, for another policy to read.
@@ -83,6 +86,7 @@ def rollout(
     if conditions is not None and len(conditions) != len(prompts):
         raise InvalidValue("conditions", tuple(conditions.shape), f"of {len(prompts)} rows, one a prompt")
     ids = [checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
+    place(policy, backend.device)
     # Whole prompts to a batch, so that a prompt is prefilled once for all its completions; batches of equal size, as
     # a step with few rows costs almost as much as one with many.
     batches = -(-len(prompts) // max(1, config.max_batch // num_generations))
@@ -234,7 +238,7 @@ class _Record:
                 None if condition is None else condition.cpu(),
             ),
             points=flat["points"],
-            logprobs=flat["logprobs"],
+            behaviour_logprobs=flat["logprobs"],
             base_logprobs=flat["base"],
             extras={name.removeprefix("extra/"): flat[name] for name in flat if name.startswith("extra/")},
         )
@@ -273,7 +277,7 @@ def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
             join(lambda part: part.observations.condition),
         ),
         points=must(lambda part: part.points),
-        logprobs=must(lambda part: part.logprobs),
+        behaviour_logprobs=must(lambda part: part.behaviour_logprobs),
         base_logprobs=must(lambda part: part.base_logprobs),
         extras={name: must(lambda part, name=name: part.extras[name]) for name in parts[0].extras},
     )

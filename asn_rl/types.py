@@ -81,7 +81,7 @@ class Trajectories:
     """Completions as they were sampled. B completions with S tokens in all, stored without padding.
 
     Per-token tensors have a first axis of S, ordered by completion, then by time. Nothing here is recomputed:
-    `logprobs` are those of the distribution that was drawn from.
+    `behaviour_logprobs` are those of the distribution that was drawn from.
     """
 
     prompts: Sequence[Prompt]
@@ -97,8 +97,8 @@ class Trajectories:
     """per-token observations, except `prompt_embedding` and `condition`, which are (B, ...)"""
     points: Tensor
     """(S,) int64 chosen points"""
-    logprobs: Tensor
-    """(S,) fp32 behaviour log-probability of the chosen token under the policy, over the vocabulary"""
+    behaviour_logprobs: Tensor
+    """(S,) fp32 log-probability of the chosen token under the policy, over the vocabulary"""
     base_logprobs: Tensor
     """(S,) fp32 log-probability of the chosen token under the base model"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -153,14 +153,26 @@ class Trajectories:
             terminated=self.terminated[index],
             observations=picked,
             points=self.points[tokens],
-            logprobs=self.logprobs[tokens],
+            behaviour_logprobs=self.behaviour_logprobs[tokens],
             base_logprobs=self.base_logprobs[tokens],
             extras={name: part[tokens] for name, part in self.extras.items()},
         )
 
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same trajectories with their tensors on another device."""
+        return replace(
+            self,
+            terminated=self.terminated.to(device),
+            observations=self.observations.to(device),
+            points=self.points.to(device),
+            behaviour_logprobs=self.behaviour_logprobs.to(device),
+            base_logprobs=self.base_logprobs.to(device),
+            extras={name: part.to(device) for name, part in self.extras.items()},
+        )
+
     def with_logprobs(self, logprobs: Tensor) -> Trajectories:
         """The same trajectories with (S,) behaviour log-probs that were recorded elsewhere."""
-        return replace(self, logprobs=logprobs)
+        return replace(self, behaviour_logprobs=logprobs)
 
     def with_condition(self, condition: Tensor) -> Trajectories:
         """The same trajectories, seen under a (B, n) condition."""

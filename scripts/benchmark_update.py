@@ -39,9 +39,13 @@ def main() -> int:
     set_threads(arguments.threads)
     quick = arguments.quick
     growth = _growth(512 if quick else arguments.tokens, 3 if quick else 9)
-    failed = finish("benchmark_update_growth", growth, GROWTH_GOAL, at_least=False)
     share = _share(4 if quick else arguments.groups)
-    return finish("benchmark_update", share, SHARE_GOAL, at_least=False) or failed
+    # Two goals, one last line: that of the figure that is worse against its goal.
+    figures = [("benchmark_update", share, SHARE_GOAL), ("benchmark_update_growth", growth, GROWTH_GOAL)]
+    return max(
+        finish(name, ratio, goal, at_least=False)
+        for name, ratio, goal in sorted(figures, key=lambda figure: figure[1] / figure[2])
+    )
 
 
 def _share(groups: int) -> float:
@@ -116,7 +120,7 @@ def _synthetic(vocab: int, tokens: int, length: int = 16) -> Trajectories:
         terminated=torch.ones(count, dtype=torch.bool),
         observations=Observation(sketch, context_vector(sketch, zero, zero, zero, zero)),
         points=torch.zeros(tokens, dtype=torch.long),
-        logprobs=logprobs,
+        behaviour_logprobs=logprobs,
         base_logprobs=logprobs,
     )
 

@@ -18,27 +18,26 @@ from asn_rl.threads import limit_spinning, set_threads
 
 limit_spinning()
 
-import yaml
-
 from asn_policies import Pipeline
+from asn_policies.heuristics import read_pipelines
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.errors import AsnError
-from asn_rl.evaluation.comparison import Arm, judge, run_arm, table
+from asn_rl.evaluation.comparison import Arm, arm_result, run_arm, table
+from asn_rl.registry import allow_local_plugins
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.runs import console, progress
-
-STATIC = [{"name": "greedy", "processors": [{"name": "greedy"}]}, {"name": "T=1", "processors": []}]
 
 
 def main() -> int:
     options = _options()
     set_threads(None)
+    allow_local_plugins()
     try:
         rows = evaluate(options)
-    except AsnError as error:
+    except (AsnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     width = max(len(row["name"]) for row in rows)
@@ -56,8 +55,10 @@ def main() -> int:
 def evaluate(options: argparse.Namespace) -> list[dict]:
     backend = load_backend(BackendConfig(model=options.model, device=options.device))
     prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), options.split)
-    declared = yaml.safe_load(options.pipelines.read_text())["sampling_pipelines"] if options.pipelines else STATIC
-    arms = [Arm(entry["name"], Pipeline(entry["processors"])) for entry in declared]
+    if options.pipelines:
+        arms = [Arm(str(i), pipeline) for i, pipeline in enumerate(read_pipelines(options.pipelines))]
+    else:
+        arms = [Arm("greedy", Pipeline([{"name": "greedy"}]), deterministic=True), Arm("T=1", Pipeline([]))]
     for folder in options.policy:
         check_compatible(folder, fingerprint=backend.fingerprint)
         arms.append(Arm(str(folder), load_policy(folder)))
@@ -67,7 +68,7 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
     with progress("evaluate", len(arms)) as advance:
         for arm in arms:
             results.append(
-                judge(arm.name, run_arm(arm, backend, prompts, config, samples, options.seed), rewards, samples)
+                arm_result(arm.name, run_arm(arm, backend, prompts, config, samples, options.seed), rewards, samples)
             )
             advance(1, arm.name)
     return table(results, ["all"] * len(prompts), arms[0].name)

@@ -22,6 +22,7 @@ from asn_rl.analysis.report import print_comparison, write_report
 from asn_rl.config import load_config
 from asn_rl.errors import AsnError
 from asn_rl.job import Job, JobConfig, compare, distil, label, reinforce
+from asn_rl.registry import allow_local_plugins
 from asn_rl.runs import console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,11 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     options = _options()
     begin = time.monotonic()
+    allow_local_plugins()
     try:
         seeds = [f"{section}.seed={options.seed + base}" for section, base in _SEEDS.items()]
         config = load_config(JobConfig, options.config, [*seeds, *options.overrides])
         path = run(Job(config, options.run))
-    except AsnError as error:
+    except (AsnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

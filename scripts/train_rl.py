@@ -23,17 +23,20 @@ from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.errors import AsnError
+from asn_rl.registry import allow_local_plugins
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
+from asn_rl.runs import open_run
 from asn_rl.training.grpo import GRPOConfig, train
 
 
 def main() -> int:
     options = _options()
     set_threads(None)
+    allow_local_plugins()
     try:
         run(options)
-    except AsnError as error:
+    except (AsnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,7 +48,10 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     backend = load_backend(BackendConfig(model=options.model, device=options.device))
     prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), "train")
-    check_compatible(options.init, fingerprint=backend.fingerprint)
+    open_run(options.run, {name: str(value) for name, value in vars(options).items()})
+    spec = check_compatible(options.init, fingerprint=backend.fingerprint)
+    if options.reference:
+        check_compatible(options.reference, fingerprint=backend.fingerprint, architecture=spec.policy)
     size = RolloutConfig(max_new_tokens=options.max_new_tokens)
     train(
         load_policy(options.init),

@@ -19,7 +19,9 @@ class Example:
     """A turn that shows the base model how to answer."""
 
     user: str
+    """what is asked"""
     assistant: str
+    """how it is answered"""
 
 
 @dataclass(frozen=True)

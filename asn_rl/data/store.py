@@ -10,7 +10,7 @@ from asn_rl.ops.sketch import Sketch
 from asn_rl.types import OBSERVATION_TENSORS, Observation, Prompt, Trajectories
 
 _LISTS = ("sample", "prompt_ids", "completion_ids", "completions")
-_TENSORS = ("terminated", "points", "logprobs", "base_logprobs")
+_TENSORS = ("terminated", "points", "behaviour_logprobs", "base_logprobs")
 
 
 def save_trajectories(folder: Path, trajectories: Trajectories) -> None:

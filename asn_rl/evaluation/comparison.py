@@ -58,7 +58,7 @@ def run_arm(
     return once.select([i for i in range(len(prompts)) for _ in range(samples)])
 
 
-def judge(name: str, trajectories: Trajectories, rewards: RewardSuite, samples: int) -> ArmResult:
+def arm_result(name: str, trajectories: Trajectories, rewards: RewardSuite, samples: int) -> ArmResult:
     """Score the completions of one arm."""
     result = rewards(
         trajectories.prompts,
@@ -89,7 +89,13 @@ def best_static(results: Sequence[ArmResult], strata: Sequence[str]) -> str:
 
 
 def table(
-    results: Sequence[ArmResult], strata: Sequence[str], baseline: str, *, resamples: int, level: float, seed: int
+    results: Sequence[ArmResult],
+    strata: Sequence[str],
+    baseline: str,
+    *,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """One row an arm: mean rewards by stratum and overall, difference to `baseline` with its interval, diversity,
     tokens and truncation."""

@@ -21,10 +21,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap(
     values: np.ndarray, strata: Sequence[str], *, resamples: int = 10_000, level: float = 0.95, seed: int = 0

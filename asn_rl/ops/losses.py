@@ -9,8 +9,6 @@ from torch import Tensor
 
 from asn_rl.ops.logprobs import expectation
 
-AGGREGATIONS = ("token", "sequence", "constant")
-
 
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float

@@ -20,6 +20,7 @@ from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
+from asn_rl.placement import device_of
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
@@ -51,6 +52,11 @@ class DistillConfig:
         for name in ("epochs", "minibatch_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidValue(name, getattr(self, name), ">= 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InvalidValue(name, getattr(self, name), "> 0")
+        if self.weight_decay < 0:
+            raise InvalidValue("weight_decay", self.weight_decay, ">= 0")
         if not 0 <= self.holdout < 1:
             raise InvalidValue("holdout", self.holdout, "in [0, 1)")
         if self.gamma < 0:
@@ -70,9 +76,10 @@ def sketch_targets(heuristics: Sequence[Policy], choice: Sequence[int], trajecto
         if not len(which):
             continue
         if heuristic.initial_state(1, torch.device("cpu")) is not None:
-            raise DataError(f"heuristic {i} is stateful: record its targets in the rollout with `full_logits_target`")
+            raise DataError(f"heuristic {i} is stateful; its targets depend on the whole rollout. Leave it out")
         with torch.no_grad():
-            targets[which] = heuristic(trajectories.per_token(which)).logprobs
+            obs = trajectories.per_token(which).to(device_of(heuristic))
+            targets[which] = heuristic(obs).logprobs.to(targets.device)
     return targets
 
 
@@ -129,10 +136,12 @@ def distill(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(config.seed)
     importance = torch.ones(len(targets)) if weights is None else weights
+    device = device_of(policy)
 
     def loss_on(part: Tensor) -> tuple[Tensor, Tensor]:
-        divergence, leak = truncated_kl(targets[part], policy(trajectories.per_token(part)).logprobs, config.gamma)
-        scale = importance[part] / importance[part].sum()
+        logprobs = policy(trajectories.per_token(part).to(device)).logprobs
+        divergence, leak = truncated_kl(targets[part].to(device), logprobs, config.gamma)
+        scale = (importance[part] / importance[part].sum()).to(device)
         return (divergence * scale).sum(), (leak * scale).sum()
 
     figures: dict[str, float] = {}
@@ -165,6 +174,8 @@ def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, T
     count = round(config.holdout * len(ids))
     held = set(np.random.default_rng(config.seed).permutation(ids)[:count].tolist())
     is_held = torch.tensor([prompt.id in held for prompt in trajectories.prompts])[trajectories.rows]
+    if is_held.all():
+        raise DataError(f"holdout {config.holdout:g} leaves none of {len(ids)} prompts to train on; lower it")
     return (~is_held).nonzero().squeeze(-1), is_held.nonzero().squeeze(-1)
 
 

@@ -30,6 +30,7 @@ from asn_rl.checkpoint import (
     load_state,
     load_weights,
     remove_old_checkpoints,
+    remove_unfinished_checkpoints,
     rng_state,
     save_policy,
     save_state,
@@ -42,6 +43,7 @@ from asn_rl.ops.advantages import group_advantages, has_signal, leave_one_out_ad
 from asn_rl.ops.divergences import k3, kl
 from asn_rl.ops.logprobs import entropy, expectation
 from asn_rl.ops.losses import aggregate, clipped_surrogate
+from asn_rl.placement import device_of, place
 from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.rewards.compose import RewardResult, RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
@@ -101,7 +103,12 @@ class GRPOConfig:
                 raise InvalidValue(name, getattr(self, name), ">= 1")
         if self.num_generations < 2:
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "a group needs companions to compare")
-        for name in ("beta", "entropy_coef", "weight_decay"):
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InvalidValue(name, getattr(self, name), "> 0")
+        if self.epsilon_high is not None and not self.epsilon_high > 0:
+            raise InvalidValue("epsilon_high", self.epsilon_high, "> 0", "null: the same as epsilon")
+        for name in ("beta", "entropy_coef", "weight_decay", "log_completions"):
             if getattr(self, name) < 0:
                 raise InvalidValue(name, getattr(self, name), ">= 0")
         if not 0 < self.epsilon < 1:
@@ -143,7 +150,7 @@ def train(
     """Train `policy` in place and save it to `run / "policy"`. Resumes from the newest checkpoint in `run`.
 
     Args:
-        reference: the older checkpoint of the KL penalty, of any architecture that reads the same observations.
+        reference: the older checkpoint of the KL penalty; it reads nothing that the policy does not.
         metadata: handed to `save_pretrained` (base model, fingerprint, sketch size).
         on_step: called with the step number and its metrics.
 
@@ -191,6 +198,13 @@ class Trainer:
     ) -> None:
         self.policy, self.backend, self.rewards = policy, backend, rewards
         self.reference = copy.deepcopy(reference)
+        for module in (policy, self.reference):
+            if module.initial_state(1, torch.device("cpu")) is not None:
+                raise TrainingError(
+                    f"{type(module).__name__} carries state from token to token, which the update does not replay; "
+                    "train a stateless policy"
+                )
+            place(module, backend.device)
         if isinstance(self.reference, nn.Module):
             self.reference.eval()
         self.rollout_config, self.config, self.run, self.metadata = rollout_config, config, run, metadata
@@ -242,8 +256,12 @@ class Trainer:
         totals: dict[str, float] = {}
         generator = torch.Generator().manual_seed(seed)
         count, gradient_seen = 0, False
+        anchored = self.beta > 0 or self.config.entropy_coef > 0
+        used = torch.ones(len(batch.advantages), dtype=torch.bool) if anchored else (batch.advantages != 0).cpu()
+        if not used.any():
+            return self._metrics_only(batch)
         for _ in range(self.config.num_iterations):
-            for part in _minibatches(batch, self.config.minibatch_tokens, generator):
+            for part in _minibatches(batch, used, self.config.minibatch_tokens, generator):
                 loss, metrics = minibatch_loss(self.policy, batch, part, self.beta, self.config, self.rollout_config)
                 if not torch.isfinite(loss):
                     raise TrainingError(
@@ -271,6 +289,13 @@ class Trainer:
             self.beta = adapted_beta(self.beta, means["kl/exact"], self.config.kl_target)
         return means
 
+    @torch.no_grad()
+    def _metrics_only(self, batch: Batch) -> dict[str, float]:
+        """What `update` reports when nothing asks for a gradient; momentum must not move the policy either."""
+        everything = torch.arange(len(batch.rows))
+        _, metrics = minibatch_loss(self.policy, batch, everything, self.beta, self.config, self.rollout_config)
+        return metrics | {"policy/grad_norm": 0.0, "kl/beta": self.beta}
+
     def save(self) -> None:
         folder = checkpoint_folder(self.run, self.step)
         with atomic_folder(folder) as scratch:
@@ -280,6 +305,7 @@ class Trainer:
         remove_old_checkpoints(self.run, self.config.keep_checkpoints)
 
     def resume(self) -> None:
+        remove_unfinished_checkpoints(self.run)
         folder = latest_checkpoint(self.run)
         if folder is None:
             return
@@ -302,9 +328,11 @@ def make_batch(
     else:
         advantages = group_advantages(groups, scale=config.advantage)
     advantages = torch.where(signal.unsqueeze(-1), advantages, 0.0).flatten().float()
+    device = device_of(reference)
+    moved = trajectories.to(device)
     with torch.no_grad():
-        ref_logprobs = reference(trajectories.per_token()).logprobs
-    return Batch(trajectories, advantages, ref_logprobs, trajectories.rows), signal
+        ref_logprobs = reference(moved.per_token()).logprobs
+    return Batch(moved, advantages.to(device), ref_logprobs, trajectories.rows.to(device)), signal
 
 
 def minibatch_loss(
@@ -317,12 +345,14 @@ def minibatch_loss(
     at_point = trajectories.points[part].unsqueeze(-1)
     inner = trajectories.base_logprobs[part] - obs.sketch.log_mass.gather(-1, at_point).squeeze(-1)
     logprobs = output.gather(-1, at_point).squeeze(-1) + inner
-    old, rows = trajectories.logprobs[part], batch.rows[part]
+    old, rows = trajectories.behaviour_logprobs[part], batch.rows[part]
     surrogate, clipped = clipped_surrogate(logprobs, old, batch.advantages[rows], config.epsilon, config.upper)
     divergence = kl(output, batch.ref_logprobs[part])
     # Entropy over the vocabulary: over points, plus the base model's inside each.
     spread = entropy(output) + expectation(output, obs.sketch.inner_entropy)
-    per_token = surrogate + beta * divergence - config.entropy_coef * spread
+    per_token = surrogate - config.entropy_coef * spread
+    if beta > 0:  # 0 times the infinite divergence from a reference that cuts would be NaN
+        per_token = per_token + beta * divergence
     completions = int(torch.unique(rows).numel())
     loss = aggregate(per_token, _dense(rows), completions, config.loss_type, rollout_config.max_new_tokens)
     with torch.no_grad():
@@ -339,10 +369,10 @@ def minibatch_loss(
 
 def adapted_beta(beta: float, divergence: float, target: float) -> float:
     """Twice the coefficient when the divergence exceeds 1.5 times its target, half when it falls below target / 1.5
-    (PPO's adaptive penalty, Schulman et al. 2017, arXiv:1707.06347, section 4)."""
+    (PPO's adaptive penalty, Schulman et al. 2017, arXiv:1707.06347, section 4); within [1e-6, 1e3]."""
     if divergence > 1.5 * target:
-        return 2 * beta
-    return beta / 2 if divergence < target / 1.5 else beta
+        return min(2 * beta, 1e3)
+    return max(beta / 2, 1e-6) if divergence < target / 1.5 else beta
 
 
 def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
@@ -392,12 +422,14 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-def _minibatches(batch: Batch, tokens: int, generator: torch.Generator) -> list[Tensor]:
+def _minibatches(batch: Batch, used: Tensor, tokens: int, generator: torch.Generator) -> list[Tensor]:
     """Token indices of whole completions, in random order, cut at about `tokens` each.
 
-    Completions without advantage are used too when there is a reference: they hold the policy to it.
+    Args:
+        used: (B,) bool. Completions without advantage count only where a penalty or bonus gives them a gradient.
     """
-    order = torch.randperm(len(batch.trajectories), generator=generator)
+    kept = used.nonzero().squeeze(-1)
+    order = kept[torch.randperm(len(kept), generator=generator)]
     lengths = batch.trajectories.lengths
     starts = lengths.cumsum(0) - lengths
     parts: list[list[Tensor]] = [[]]
@@ -408,7 +440,7 @@ def _minibatches(batch: Batch, tokens: int, generator: torch.Generator) -> list[
             size = 0
         parts[-1].append(torch.arange(int(starts[i]), int(starts[i] + lengths[i])))
         size += int(lengths[i])
-    return [torch.cat(part) for part in parts]
+    return [torch.cat(part) for part in parts if part]
 
 
 def _dense(rows: Tensor) -> Tensor:

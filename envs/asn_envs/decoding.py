@@ -26,7 +26,7 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
 
     ## Description
     The base model's next-token distribution is summarised by N = head + tail *points*: the `head` most probable
-    tokens, one point each, and the rest in `tail` octaves of probability (`asn_rl.ops.sketch`). The agent chooses a
+    tokens, one point each, and the rest in `tail` bins of probability (`asn_rl.ops.sketch`). The agent chooses a
     point; a token is drawn inside it in proportion to the base model; the base model reads it and the next step
     begins. Tokens are known by their numbers alone, so whatever the agent is, it cannot prefer a word for its
     identity.

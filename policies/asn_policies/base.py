@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from asn_rl.checkpoint import CARD, PolicyConfig, check_compatible, load_weights, read_policy_config, write_policy
+from asn_rl.checkpoint import PolicyConfig, check_compatible, load_weights, read_policy_config, write_policy
 from asn_rl.errors import CheckpointError
 from asn_rl.ops.logprobs import shifted
 from asn_rl.types import Observation, PolicyOutput, State
@@ -136,6 +136,3 @@ class PolicyModule(nn.Module):
                 "",
             ]
         )
-
-
-__all__ = ["CARD", "PolicyModule"]

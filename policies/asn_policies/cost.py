@@ -30,7 +30,8 @@ def measure_cost(policy: PolicyModule, points: int = 96, rows: int = 64) -> dict
         passes, divided by the rows).
 
     Raises:
-        InvalidValue: the policy reads an optional input and has neither `hidden_size` nor an `input_sizes` argument.
+        InvalidValue: the policy reads an optional input and does not say how large it is (attribute `hidden_size` or
+            `condition_size`).
     """
     device = next((parameter.device for parameter in policy.parameters()), torch.device("cpu"))
     obs = _random_observation(policy, points, rows, device)
@@ -66,9 +67,8 @@ def _random_observation(policy: PolicyModule, points: int, rows: int, device: to
 
 
 def _input_size(policy: PolicyModule, name: str) -> int:
-    sizes = policy.arguments.get("input_sizes") or {}
-    size = sizes.get(name, getattr(policy, "hidden_size", None))
-    if size is None:
-        advice = "set the attribute hidden_size, or take an input_sizes argument"
-        raise InvalidValue(f"size of input {name!r}", None, "known to the policy", advice)
+    attribute = "condition_size" if name == "condition" else "hidden_size"
+    size = getattr(policy, attribute, None)
+    if not size:
+        raise InvalidValue(f"size of input {name!r}", size, "known to the policy", f"set its attribute {attribute}")
     return int(size)

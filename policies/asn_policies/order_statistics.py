@@ -67,6 +67,7 @@ class OrderStatisticsNetwork(PolicyModule):
                 allowed = "among 'hidden', 'prompt_embedding' (with hidden_size) and 'condition' (with condition_size)"
                 raise InvalidValue("inputs", name, allowed)
         self.needs = frozenset(inputs)
+        self.hidden_size, self.condition_size = hidden_size, condition_size
         self.max_slope, self.hard_cut = max_slope, hard_cut
         self.projections = nn.ModuleDict(
             {

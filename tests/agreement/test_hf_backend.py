@@ -137,7 +137,7 @@ def test_the_same_seed_repeats_bit_for_bit_and_nothing_else_acts(smollm: HFBacke
     monkeypatch.setattr(smollm.model, "generation_config", planted)
     again = draw()
     assert again.completion_ids == plain.completion_ids
-    assert torch.equal(again.logprobs, plain.logprobs)
+    assert torch.equal(again.behaviour_logprobs, plain.behaviour_logprobs)
     assert torch.equal(again.observations.sketch.log_mass, plain.observations.sketch.log_mass)
 
 
@@ -150,7 +150,7 @@ class Reading(LocalTransform):
 def test_replaying_a_rollout_finds_what_it_recorded(smollm: HFBackend):
     policy = Reading(8)
     run = rollout(policy, smollm, PROMPTS, CONFIG, seed=1, probes={"logits": lambda logits, sketch, points: logits})
-    recorded = [part.tolist() for part in run.logprobs.split(run.lengths.tolist())]
+    recorded = [part.tolist() for part in run.behaviour_logprobs.split(run.lengths.tolist())]
     again, mismatch = replay(policy, smollm, PROMPTS, run.completion_ids, CONFIG, logprobs=recorded)
     assert mismatch is not None
     # Measured over 85 tokens: 3e-6 nats on average, 3e-5 at most.
@@ -183,7 +183,9 @@ def test_what_a_rollout_or_a_single_replay_recorded_can_be_trained_on(smollm: HF
     run = rollout(policy, smollm, PROMPTS[:1], config)
     again, _ = replay(policy, smollm, PROMPTS[:1], run.completion_ids, config)
     for trajectories in (run, again):
-        assert not any(tensor.requires_grad for tensor in (trajectories.logprobs, trajectories.observations.context))
+        assert not any(
+            tensor.requires_grad for tensor in (trajectories.behaviour_logprobs, trajectories.observations.context)
+        )
         policy.zero_grad()
         logprobs = policy(trajectories.per_token()).logprobs.gather(-1, trajectories.points.unsqueeze(-1))
         logprobs.sum().backward()

@@ -117,7 +117,13 @@ def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> Non
         (job("label", "run", "data.arguments.path=none.jsonl"), "cannot read none.jsonl"),
         (job("label", "run", "heuristics=[{name: a}, {name: a}]"), "names that differ"),
         (["label", "--config", "none.yaml", "--run", "run"], "none.yaml"),
-        (job("grpo", "run", "--init", "nowhere"), "nowhere holds no policy"),
+        (job("grpo", "run", "init=nowhere"), "nowhere holds no policy"),
+        (job("label", "run", "heuristics=[{name: ../a}]"), "heuristic name must be letters"),
+        (job("label", "run", "compare.stratify_by=task"), "lacks the column 'task'"),
+        (
+            job("label", "run", "heuristics=[{name: m, processors: [{name: mirostat, params: {tau: 2}}]}]"),
+            "carries state",
+        ),
     ],
 )
 def test_bad_input_ends_with_status_two_and_advice(
@@ -143,7 +149,7 @@ def test_a_reference_of_another_base_model_or_architecture_is_refused(folder: Pa
     small = ("policy.name=asn_policies:LocalTransform", "policy.arguments={}")
     assert asn_rl(*job("distill", "small", *small)).status == 0
     for reference, message in (("other", "trained on base model 'random:32:1'"), ("small", "LocalTransform, expected")):
-        done = asn_rl(*job("grpo"), "--reference", f"{reference}/distilled")
+        done = asn_rl(*job("grpo", f"with-{reference}", f"reference={reference}/distilled"))
         assert done.status == 2
         assert message in done.stderr
 
@@ -171,6 +177,32 @@ def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Com
     assert asn_rl(*job("grpo", "broken", steps)).status == 0
     weights = "policy/model.safetensors"
     assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
+
+
+def test_a_full_disk_ends_with_advice(asn_rl: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "run/rollouts/step-000001.jsonl")
+
+    monkeypatch.setattr("asn_rl.training.grpo.write_jsonl", full)
+    done = asn_rl(*job("grpo"))
+    assert done.status == 2
+    assert "No space left on device: 'run/rollouts/step-000001.jsonl'" in done.stderr
+    assert "the same command continues" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert asn_rl(*job("grpo")).status == 0
+
+
+def test_a_module_in_the_working_folder_is_a_plug_in(folder: Path) -> None:
+    (folder / "my_rewards.py").write_text("def one(prompts, completions, **columns): return [1.0] * len(completions)\n")
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "envs", "policies"))
+    arguments = job("label", "run", "rewards=[{function: 'my_rewards:one'}]")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from asn_rl.cli import main; sys.exit(main(sys.argv[1:]))", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("verb", ["run", "label", "distill", "grpo", "compare", "report", "keys", "grid", "model"])

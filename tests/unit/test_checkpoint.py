@@ -74,7 +74,7 @@ def test_a_loaded_policy_samples_what_the_saved_one_samples(
     runs = [rollout(p, toy, [Prompt("p", "w1")], config, num_generations=8) for p in (policy, loaded, own)]  # type: ignore[arg-type]
     for run in runs[1:]:
         assert run.completion_ids == runs[0].completion_ids
-        assert torch.equal(run.logprobs, runs[0].logprobs)
+        assert torch.equal(run.behaviour_logprobs, runs[0].behaviour_logprobs)
 
 
 def test_a_folder_says_what_it_holds(folder: Path):

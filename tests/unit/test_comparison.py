@@ -8,7 +8,7 @@ import pytest
 
 from asn_policies import Pipeline
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.evaluation.comparison import Arm, ArmResult, best_static, by_stratum, distinct_n, judge, run_arm, table
+from asn_rl.evaluation.comparison import Arm, ArmResult, arm_result, best_static, by_stratum, distinct_n, run_arm, table
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Prompt
@@ -51,7 +51,7 @@ def test_a_deterministic_arm_is_generated_once_and_counted_as_all_its_samples(to
     every = run_arm(Arm("greedy", GREEDY.policy), toy, PROMPTS, CONFIG, 3, seed=0)
     assert once.completion_ids == every.completion_ids
     assert [prompt.id for prompt in once.prompts] == [prompt.id for prompt in every.prompts]
-    assert once.logprobs.tolist() == every.logprobs.tolist()
+    assert once.behaviour_logprobs.tolist() == every.behaviour_logprobs.tolist()
 
 
 def test_arms_share_their_draws(toy: ToyBackend):
@@ -64,7 +64,7 @@ def test_arms_share_their_draws(toy: ToyBackend):
 def test_judging_gives_one_row_a_prompt(toy: ToyBackend):
     run = run_arm(BASE, toy, PROMPTS, CONFIG, 4, seed=1)
     with RewardSuite([RewardConfig("slow_rewards:length")]) as rewards:
-        judged = judge("T=1", run, rewards, 4)
+        judged = arm_result("T=1", run, rewards, 4)
     texts = [run.completions[i : i + 4] for i in (0, 4, 8)]
     assert judged.rewards.tolist() == [[float(len(text)) for text in row] for row in texts]
     assert judged.tokens.tolist() == run.lengths.reshape(3, 4).tolist()

@@ -344,7 +344,7 @@ def test_prompts_that_cannot_fill_a_step_are_refused():
         PromptSampler(tasks(a=3, b=3), 1, 0, "task")
     with pytest.raises(DataError, match=r"a draw needs 4 prompts with task 'b', there are 3; lower grpo"):
         PromptSampler(tasks(a=9, b=3), 8, 0, "task")
-    with pytest.raises(DataError, match="a step needs 5 prompts, there are 3"):
+    with pytest.raises(DataError, match="a draw needs 5 prompts, there are 3"):
         PromptSampler(tasks(a=3), 5, 0)
 
 
@@ -379,7 +379,7 @@ def test_trajectories_survive_with_every_optional_entry(toy: ToyBackend, folder:
     assert loaded.prompts == run.prompts
     for name in ("sample", "prompt_ids", "completion_ids", "completions"):
         assert getattr(loaded, name) == getattr(run, name)
-    for name in ("terminated", "points", "logprobs", "base_logprobs", "lengths"):
+    for name in ("terminated", "points", "behaviour_logprobs", "base_logprobs", "lengths"):
         assert torch.equal(getattr(loaded, name), getattr(run, name))
     for name in OBSERVATION_TENSORS:
         assert torch.equal(getattr(loaded.observations, name), getattr(run.observations, name))

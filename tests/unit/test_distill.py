@@ -180,9 +180,9 @@ class TestRefusals:
         with pytest.raises(TrainingError, match="no trainable parameter"):
             distill(Pipeline([]), trajectories, trajectories.observations.sketch.log_mass, FAST)
 
-    def test_stateful_heuristics_need_the_rollout(self) -> None:
+    def test_stateful_heuristics_have_no_targets(self) -> None:
         trajectories = visited()
-        with pytest.raises(DataError, match="full_logits_target"):
+        with pytest.raises(DataError, match="is stateful"):
             sketch_targets([rule("mirostat", tau=2.0)], [0] * len(trajectories), trajectories)
 
     def test_targets_of_another_shape(self) -> None:

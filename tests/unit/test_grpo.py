@@ -16,7 +16,7 @@ from asn_policies import OrderStatisticsNetwork
 from asn_policies.base import PolicyModule
 from asn_rl.checkpoint import latest_checkpoint, load_policy
 from asn_rl.errors import CheckpointError, InvalidValue, TrainingError
-from asn_rl.metrics import read_metrics
+from asn_rl.metrics import MetricsLogger, read_metrics
 from asn_rl.ops.divergences import k1, k2, k3, kl
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
@@ -171,6 +171,39 @@ class TestSkippedGroups:
         run(tmp_path, replace(CONFIG, steps=1, beta=0.0), policy=after, reward="constant")
         assert read_metrics(tmp_path)[0]["reward/groups_skipped"] == 1.0
         assert torch.equal(weights(before), weights(after))
+
+    def test_a_step_without_signal_moves_nothing_in_spite_of_momentum(self, tmp_path: Path) -> None:
+        policy = OrderStatisticsNetwork(width=8, point_width=4)
+        free = replace(CONFIG, beta=0.0, weight_decay=0.1)
+        trainer = Trainer(policy, policy, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, free, tmp_path, {})
+        with MetricsLogger(tmp_path) as log:
+            trainer.train_step(log)
+            moved = weights(policy).clone()
+            trainer.rewards = suite("constant")
+            metrics = trainer.train_step(log)
+        assert torch.equal(weights(policy), moved)
+        assert metrics["policy/grad_norm"] == 0.0
+        assert metrics["reward/groups_skipped"] == 1.0
+
+
+def test_a_reference_that_cuts_is_no_obstacle_when_nothing_anchors_to_it(tmp_path: Path) -> None:
+    from asn_policies import Pipeline
+
+    policy = OrderStatisticsNetwork(width=8, point_width=4)
+    greedy = Pipeline([{"name": "greedy"}])
+    free = replace(CONFIG, steps=1, beta=0.0)
+    train(policy, greedy, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, free, tmp_path / "free")
+    assert all(torch.isfinite(p).all() for p in policy.parameters())
+    with pytest.raises(TrainingError, match="forbids what the policy uses"):
+        train(policy, greedy, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, replace(free, beta=0.1), tmp_path / "held")
+
+
+def test_policies_with_state_are_refused(tmp_path: Path) -> None:
+    from asn_policies import Pipeline
+
+    mirostat = Pipeline([{"name": "mirostat", "params": {"tau": 2.0}}])
+    with pytest.raises(TrainingError, match="carries state"):
+        Trainer(OrderStatisticsNetwork(), mirostat, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, CONFIG, tmp_path, {})
 
 
 def _batch():

@@ -90,7 +90,7 @@ def assert_same(left: Trajectories, right: Trajectories, atol: float = 0.0) -> N
     assert left.prompts == right.prompts
     assert (left.sample, left.prompt_ids) == (right.sample, right.prompt_ids)
     assert (left.completion_ids, left.completions) == (right.completion_ids, right.completions)
-    for name in ("terminated", "points", "logprobs", "base_logprobs"):
+    for name in ("terminated", "points", "behaviour_logprobs", "base_logprobs"):
         torch.testing.assert_close(getattr(left, name), getattr(right, name), atol=atol, rtol=0)
     torch.testing.assert_close(left.observations.context, right.observations.context, atol=atol, rtol=0)
     torch.testing.assert_close(left.observations.sketch.log_mass, right.observations.sketch.log_mass, atol=atol, rtol=0)
@@ -132,7 +132,7 @@ def test_the_recorded_logprob_is_that_of_the_distribution_drawn_from(name: str):
     with torch.no_grad():
         enumerated = exact(policy, logits, run.per_token())
     torch.testing.assert_close(enumerated.exp().sum(-1), torch.ones(len(tokens)))
-    torch.testing.assert_close(run.logprobs, enumerated.gather(-1, tokens).squeeze(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.behaviour_logprobs, enumerated.gather(-1, tokens).squeeze(-1), atol=1e-5, rtol=0)
 
 
 def test_the_recorded_points_and_base_logprobs_belong_to_the_tokens():
@@ -460,8 +460,8 @@ def test_parts_with_different_optional_entries_are_not_mixed(run: Trajectories):
 
 
 def test_behaviour_logprobs_and_conditions_can_be_replaced(run: Trajectories):
-    other = run.with_logprobs(run.logprobs - 1).with_condition(torch.zeros(9, 2))
-    assert torch.equal(other.logprobs, run.logprobs - 1)
+    other = run.with_logprobs(run.behaviour_logprobs - 1).with_condition(torch.zeros(9, 2))
+    assert torch.equal(other.behaviour_logprobs, run.behaviour_logprobs - 1)
     assert other.per_token().condition.shape == (len(run.points), 2)  # type: ignore[union-attr]
 
 
@@ -472,7 +472,7 @@ def test_behaviour_logprobs_and_conditions_can_be_replaced(run: Trajectories):
 def test_a_replayed_rollout_is_the_rollout(policy: Policy):
     backend = ending_toy()
     run = rollout(policy, backend, PROMPTS, CONFIG, num_generations=4)
-    recorded = [part.tolist() for part in run.logprobs.split(run.lengths.tolist())]
+    recorded = [part.tolist() for part in run.behaviour_logprobs.split(run.lengths.tolist())]
     again, mismatch = replay(
         policy, backend, run.prompts, run.completion_ids, CONFIG, sample=run.sample, logprobs=recorded
     )
@@ -481,8 +481,8 @@ def test_a_replayed_rollout_is_the_rollout(policy: Policy):
     assert mismatch.tokens == len(run.points)
     fresh, none = replay(policy, backend, run.prompts, run.completion_ids, CONFIG)
     assert none is None
-    torch.testing.assert_close(fresh.logprobs, run.logprobs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(mismatch.largest, (fresh.logprobs - run.logprobs).abs().max().item())
+    torch.testing.assert_close(fresh.behaviour_logprobs, run.behaviour_logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mismatch.largest, (fresh.behaviour_logprobs - run.behaviour_logprobs).abs().max().item())
 
 
 def test_replay_records_the_optional_entries_of_a_rollout():
@@ -499,14 +499,14 @@ def test_replay_records_the_optional_entries_of_a_rollout():
 def test_replay_keeps_foreign_logprobs_and_reports_how_far_they_are():
     policy, backend = learned(), ending_toy()
     run = rollout(policy, backend, PROMPTS, CONFIG)
-    true = [part.tolist() for part in run.logprobs.split(run.lengths.tolist())]
+    true = [part.tolist() for part in run.behaviour_logprobs.split(run.lengths.tolist())]
     foreign = [[value - 0.25 for value in row] for row in true]
     foreign[1][0] -= 1.0
     again, mismatch = replay(policy, backend, PROMPTS, run.completion_ids, CONFIG, logprobs=foreign)
     assert mismatch is not None
     assert mismatch.largest == pytest.approx(1.25, abs=1e-4)
     assert mismatch.mean_absolute == pytest.approx(0.25 + 1 / mismatch.tokens, abs=1e-4)
-    torch.testing.assert_close(again.logprobs, torch.tensor([value for row in foreign for value in row]))
+    torch.testing.assert_close(again.behaviour_logprobs, torch.tensor([value for row in foreign for value in row]))
 
 
 def test_replay_under_a_policy_that_forbids_a_token_says_so_with_minus_infinity():
@@ -514,8 +514,8 @@ def test_replay_under_a_policy_that_forbids_a_token_says_so_with_minus_infinity(
     run = rollout(pipeline(temperature={"temperature": 3.0}), backend, PROMPTS, CONFIG, num_generations=4)
     again, _ = replay(pipeline(greedy={}), backend, run.prompts, run.completion_ids, CONFIG)
     greedy = again.points == 0
-    torch.testing.assert_close(again.logprobs[greedy], torch.zeros(int(greedy.sum())), atol=1e-5, rtol=0)
-    assert (again.logprobs[~greedy] == -math.inf).all()
+    torch.testing.assert_close(again.behaviour_logprobs[greedy], torch.zeros(int(greedy.sum())), atol=1e-5, rtol=0)
+    assert (again.behaviour_logprobs[~greedy] == -math.inf).all()
 
 
 @pytest.mark.parametrize(
