@@ -1,13 +1,15 @@
 """Rollout tokens a second with a policy, against `transformers.generate` sampling at T = 1.
 
-The same 64 ragged chat prompts, natural lengths (until the end of the turn or the token limit). The policy is fresh,
-that is: the base model, so both sides sample from the same distribution; end-of-turn tokens are the same, too.
+The same 64 ragged chat prompts (short questions and longer requests in turn), natural lengths: until the end of the
+turn or the token limit. The policy is fresh, that is: the base model, so both sides sample from the same distribution;
+end-of-turn tokens are the same, too.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from itertools import cycle
 
 from asn_rl.threads import limit_spinning, set_threads
 
@@ -19,6 +21,7 @@ from _benchmark import finish, options
 from asn_policies import OrderStatisticsNetwork
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.backends.hf import HFBackend
+from asn_rl.data import DataConfig, load_prompts
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import Prompt
 
@@ -35,17 +38,18 @@ _TASKS = (
 
 def main() -> int:
     arguments = options(
-        __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 64", prompts=64, tokens=64
+        __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 128", prompts=64, tokens=128
     )
     set_threads(arguments.threads)
-    tokens = min(arguments.tokens, 20) if arguments.quick else arguments.tokens
+    tokens = min(arguments.tokens, 32) if arguments.quick else arguments.tokens
     backend = load_backend(BackendConfig())
     assert isinstance(backend, HFBackend)
+    questions = load_prompts(DataConfig(limit=32), "train")
     prompts = [
-        Prompt(str(i), _TASKS[i % len(_TASKS)].format(_TOPICS[i % len(_TOPICS)]) + " Thank you." * (i % 7))
-        for i in range(arguments.prompts)
+        Prompt(str(i), _TASKS[i // 2 % len(_TASKS)].format(_TOPICS[i % len(_TOPICS)]) if i % 2 else short.content)
+        for i, short in zip(range(arguments.prompts), cycle(questions), strict=False)
     ]
-    rounds = 1 if arguments.quick else 3
+    rounds = 1 if arguments.quick else 2
     ours, theirs = [], []
     for seed in range(rounds):
         ours.append(_ours(backend, prompts, tokens, seed))

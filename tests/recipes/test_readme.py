@@ -52,5 +52,12 @@ def test_the_library_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
         if "out" in scope:
             assert len(scope["out"].completions) == 4
         else:
-            assert scope["done"]
+            assert scope["terminated"] or scope["truncated"]
             assert scope["reward"] in (0.0, 1.0)
+
+
+def test_every_file_the_readme_links_to_exists() -> None:
+    root = Path(__file__).resolve().parents[2]
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert links
+    assert all((root / target).exists() for target in links)

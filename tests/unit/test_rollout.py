@@ -434,7 +434,7 @@ def test_selecting_keeps_every_completion_whole(run: Trajectories):
     tokens = torch.cat([spans[i] for i in order])
     assert picked.completion_ids == [run.completion_ids[i] for i in order]
     assert picked.lengths.tolist() == [run.lengths[i] for i in order]
-    for name in ("points", "logprobs", "base_logprobs"):
+    for name in ("points", "behaviour_logprobs", "base_logprobs"):
         assert torch.equal(getattr(picked, name), getattr(run, name)[tokens])
     assert torch.equal(picked.extras["largest"], run.extras["largest"][tokens])
     theirs, mine = run.per_token(tokens), picked.per_token()
