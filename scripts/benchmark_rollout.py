@@ -26,6 +26,7 @@ from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import Prompt
 
 GOAL = 2.0
+_SIDES = ("rollout", "generate")
 _TOPICS = ("the sea", "a small town in winter", "the history of bread", "how bicycles stay upright", "a lost letter")
 _TASKS = (
     "Name three facts about {}.",
@@ -38,36 +39,42 @@ _TASKS = (
 
 def main() -> int:
     arguments = options(
-        __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 128", prompts=64, tokens=128
+        __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 256", prompts=64, tokens=256
     )
     set_threads(arguments.threads)
-    tokens = min(arguments.tokens, 32) if arguments.quick else arguments.tokens
+    tokens = min(arguments.tokens, 96) if arguments.quick else arguments.tokens
+    count = min(arguments.prompts, 16) if arguments.quick else arguments.prompts
     backend = load_backend(BackendConfig())
     assert isinstance(backend, HFBackend)
     questions = load_prompts(DataConfig(limit=32), "train")
     prompts = [
         Prompt(str(i), _TASKS[i // 2 % len(_TASKS)].format(_TOPICS[i % len(_TOPICS)]) if i % 2 else short.content)
-        for i, short in zip(range(arguments.prompts), cycle(questions), strict=False)
+        for i, short in zip(range(count), cycle(questions), strict=False)
     ]
     rounds = 1 if arguments.quick else 2
     ours, theirs = [], []
     for seed in range(rounds):
-        ours.append(_ours(backend, prompts, tokens, seed))
-        theirs.append(_theirs(backend, prompts, tokens, seed))
-        print(f"round {seed}: rollout {ours[-1]:.0f} tokens/s, generate {theirs[-1]:.0f} tokens/s")
+        sides = [side(backend, prompts, tokens, seed) for side in (_ours, _theirs)]
+        for rates, (rate, _) in zip((ours, theirs), sides, strict=True):
+            rates.append(rate)
+        said = [
+            f"{name} {rate:.0f} tokens/s, {ended:.0%} ended" for name, (rate, ended) in zip(_SIDES, sides, strict=True)
+        ]
+        print(f"round {seed}: " + "; ".join(said))
     lengths = [len(backend.encode(prompt.content)) for prompt in prompts]
     print(f"{len(prompts)} prompts of {min(lengths)}-{max(lengths)} tokens, limit {tokens}, {backend.model.dtype}")
     return finish("benchmark_rollout", sum(ours) / sum(theirs), GOAL, at_least=True)
 
 
-def _ours(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> float:
+def _ours(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> tuple[float, float]:
+    """Tokens a second, and the share of completions that ended by themselves."""
     begin = time.perf_counter()
     trajectories = rollout(OrderStatisticsNetwork(), backend, prompts, RolloutConfig(max_new_tokens=tokens), seed=seed)
-    return len(trajectories.points) / (time.perf_counter() - begin)
+    return len(trajectories.points) / (time.perf_counter() - begin), float(trajectories.terminated.float().mean())
 
 
 @torch.inference_mode()
-def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> float:
+def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     eos = sorted(backend.eos_token_ids)
     begin = time.perf_counter()
@@ -79,7 +86,7 @@ def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -
     )[:, batch["input_ids"].shape[1] :]  # fmt: skip
     ended = torch.isin(output, torch.tensor(eos))
     generated = torch.where(ended.any(1), ended.int().argmax(1) + 1, output.shape[1])
-    return int(generated.sum()) / (time.perf_counter() - begin)
+    return int(generated.sum()) / (time.perf_counter() - begin), float(ended.any(1).float().mean())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from asn_rl.analysis.transfer import Difference, TransferCurves, largest_differences, transfer_curves
 from asn_rl.data.store import load_trajectories
 from asn_rl.errors import ConfigError
@@ -53,13 +51,14 @@ def verdict(comparison: Mapping[str, Any]) -> str:
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The comparison on the terminal."""
     header, rows = _cells(comparison)
-    table = Table(title=f"{comparison['prompts']} held-out prompts, {comparison['samples']} completions each")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(verdict(comparison), highlight=False)
+    console.print(
+        f"\n{comparison['prompts']} held-out prompts, {comparison['samples']} completions each", highlight=False
+    )
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    for first, *rest in (header, *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        console.print("  ".join(cells), highlight=False, markup=False)
+    console.print(verdict(comparison), highlight=False, markup=False)
 
 
 def write_report(job: Job) -> Path:
