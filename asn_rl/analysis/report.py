@@ -24,8 +24,9 @@ _CURVES = (
 )
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1,h2{line-height:1.2} table{border-collapse:collapse;margin:1rem 0;font-size:.92rem}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+h1,h2{line-height:1.2} table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}
+td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+td{white-space:nowrap} .text td{white-space:normal}
 td:first-child,th:first-child,.text td,.text th{text-align:left} .note{color:#555}
 pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.85rem} svg{max-width:100%;height:auto}
 mark{background:#ffe08a}
@@ -206,8 +207,9 @@ def _transfer_figure(curves: Mapping[str, Sequence[TransferCurves]]) -> str:
             for x, y in zip(kind.logprobs, kind.shifts, strict=True):
                 axis.plot(x, y, color="tab:blue", alpha=0.25, linewidth=0.8)
             axis.axhline(0, color="black", linewidth=0.5)
-            axis.set(title=f"{name}: {kind.title}", xlabel="log p under the base model", ylabel="shift, nats")
+            axis.set(title=f"{name}\n{kind.title}", xlabel="log p under the base model", ylabel="shift, nats")
             axis.set_xlim(-14, 0)
+            axis.set_ylim(-20, 5)  # what is 20 nats less likely is gone
     return _svg(figure)
 
 

@@ -362,19 +362,20 @@ def test_costs_are_stated() -> None:
 def test_costs_of_policies_with_optional_inputs() -> None:
     class Conditioned(LocalTransform):
         needs = frozenset({"hidden", "condition"})
-        hidden_size = 7
+        hidden_size, condition_size = 7, 3
 
         def shift(self, obs: Observation) -> Tensor:
             assert obs.hidden is not None
             assert obs.condition is not None
             assert obs.context.shape[-1] == CONTEXT_SIZE
-            assert obs.hidden.shape == obs.condition.shape == (4, 7)
+            assert obs.hidden.shape == (4, 7)
+            assert obs.condition.shape == (4, 3)
             return super().shift(obs)
 
     policy = Conditioned()
     assert measure_cost(policy, 16, 4)["parameters"] == 213
     del Conditioned.hidden_size
-    with pytest.raises(InvalidValue, match="size of input 'condition' must be known to the policy"):
+    with pytest.raises(InvalidValue, match="size of input 'hidden' must be known to the policy"):
         measure_cost(policy, 16, 4)
 
 

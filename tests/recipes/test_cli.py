@@ -154,12 +154,18 @@ def test_a_reference_of_another_base_model_or_architecture_is_refused(folder: Pa
         assert message in done.stderr
 
 
+def _listen_to_interrupts() -> None:
+    """A shell lets its background jobs ignore Ctrl-C, and their children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
     steps = "grpo.steps=30"
     assert asn_rl(*job("grpo", "whole", steps)).status == 0
     process = subprocess.Popen(
         command(*job("grpo", "broken", steps)), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
+        preexec_fn=_listen_to_interrupts,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     checkpoints = folder / "broken" / "checkpoints"

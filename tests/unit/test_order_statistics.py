@@ -122,3 +122,8 @@ def test_a_missing_input_is_named() -> None:
     policy = OrderStatisticsNetwork(inputs=["condition"], condition_size=2)
     with pytest.raises(InvalidValue, match=r"observation\.condition"):
         policy(observe(LOGITS))
+
+
+def test_it_states_its_cost_with_optional_inputs() -> None:
+    policy = OrderStatisticsNetwork(inputs=["prompt_embedding", "condition"], hidden_size=12, condition_size=3)
+    assert policy.cost(points=16, rows=4)["parameters"] == sum(p.numel() for p in policy.parameters())
