@@ -15,7 +15,7 @@ test: $(VENV)/.dev  ## the test suite
 lint: $(VENV)/.dev  ## style, types and the arrows between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=envs:policies $(BIN)/lint-imports
 
 check: lint test

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from asn_rl.errors import AsnError, ConfigError
+from asn_rl.files import write_whole
 
 T = TypeVar("T")
 
@@ -69,9 +70,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration, whole or not at all; `load_config` reads it back unchanged."""
-    scratch = Path(f"{path}.part")
-    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    scratch.rename(path)
+    write_whole(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:

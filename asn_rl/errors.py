@@ -17,6 +17,20 @@ class InvalidValue(AsnError, ValueError):
         super().__init__(f"{name} must be {allowed}, got {value!r}" + (f"; {advice}" if advice else ""))
 
 
+def check_at_least(config: object, minimum: float, *names: str) -> None:
+    """`InvalidValue` for the first of these attributes that is not `minimum` or more (NaN is not)."""
+    for name in names:
+        if not getattr(config, name) >= minimum:
+            raise InvalidValue(name, getattr(config, name), f">= {minimum:g}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """`InvalidValue` for the first of these attributes that is not above 0 (NaN is not)."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InvalidValue(name, getattr(config, name), "> 0")
+
+
 class UnknownName(AsnError, LookupError):
     """A name that no registry, package or configuration knows."""
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.data.sampler import PromptSampler
 from asn_rl.data.store import load_trajectories, save_trajectories
-from asn_rl.errors import ConfigError, DataError, InvalidValue
-from asn_rl.evaluation.comparison import Arm, ArmResult, arm_result, best_static, by_stratum, run_arm, table
+from asn_rl.errors import ConfigError, DataError, InvalidValue, check_at_least
+from asn_rl.evaluation.comparison import (
+    Arm,
+    ArmResult,
+    arm_result,
+    best_static,
+    by_stratum,
+    paired_difference,
+    run_arm,
+    table,
+)
 from asn_rl.evaluation.statistics import masked_mean, split_half_oracle
 from asn_rl.metrics import MetricsLogger
 from asn_rl.protocols import LogitsBackend, TrainablePolicy
@@ -76,8 +86,7 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if self.num_generations < 2:
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "headroom is measured on split halves")
-        if not self.shrinkage >= 0:
-            raise InvalidValue("shrinkage", self.shrinkage, ">= 0")
+        check_at_least(self, 0, "shrinkage")
         if self.train_prompts is not None and self.train_prompts < 1:
             raise InvalidValue("train_prompts", self.train_prompts, ">= 1", "null labels all training prompts")
 
@@ -98,9 +107,7 @@ class CompareConfig:
     """keys the draws"""
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "resamples"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(name, getattr(self, name), ">= 1")
+        check_at_least(self, 1, "num_generations", "resamples")
         if not 0 < self.level < 1:
             raise InvalidValue("level", self.level, "in (0, 1)")
 
@@ -224,14 +231,14 @@ def label(job: Job) -> dict[str, Any]:
             )
     prompts = {split: job.prompts_to_label(split) for split in ("selection", "train")}
     strata = {split: job.strata(prompts[split]) for split in prompts}
-    results: dict[str, list[ArmResult]] = {}
+    needs = job.new_policy().needs
+    results: dict[str, list[ArmResult]] = {split: [] for split in prompts}
     with progress("label", 2 * len(job.arms)) as advance:
-        for split in ("selection", "train"):
-            results[split] = []
-            for arm in job.arms:
-                trajectories = _stored_rollout(job, arm, split)
-                results[split].append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
-                advance(1, f"{arm.name} on {split}")
+        for split, arm in product(prompts, job.arms):
+            folder = job.run / "labels" / split / arm.name
+            trajectories = _stored_rollout(job, folder, arm, prompts[split], config, capture=needs)
+            results[split].append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
+            advance(1, f"{arm.name} on {split}")
     rewards = np.stack([result.rewards for result in results["train"]])
     oracle, static = split_half_oracle(rewards, strata["train"])
     ids = [prompt.id for prompt in prompts["train"]]
@@ -258,15 +265,21 @@ def _choose(results: Sequence[ArmResult], strata: Sequence[str], config: LabelCo
     return [results[i].name for i in np.where(np.isnan(shrunk), -np.inf, shrunk).argmax(0)]
 
 
-def _stored_rollout(job: Job, arm: Arm, split: str) -> Trajectories:
-    folder = job.run / "labels" / split / arm.name
-    if not folder.exists():
-        config = job.config.label
-        prompts, needs = job.prompts_to_label(split), job.new_policy().needs
-        samples, seed = config.num_generations, config.seed
-        trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed, capture=needs)  # type: ignore[arg-type]
-        save_trajectories(folder, trajectories)
-    return load_trajectories(folder)
+def _stored_rollout(
+    job: Job,
+    folder: Path,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    config: LabelConfig | CompareConfig,
+    capture: frozenset[str] = frozenset(),
+) -> Trajectories:
+    """What `folder` holds, or a rollout that is then stored there."""
+    if folder.exists():
+        return load_trajectories(folder)
+    samples, seed = config.num_generations, config.seed
+    trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed, capture=capture)
+    save_trajectories(folder, trajectories)
+    return trajectories
 
 
 def distil(job: Job) -> TrainablePolicy:
@@ -346,7 +359,7 @@ def compare(job: Job) -> dict[str, Any]:
     results = []
     with progress("compare", len(arms)) as advance:
         for arm in arms:
-            trajectories = _test_rollout(job, arm, prompts)
+            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, config)
             results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
             advance(1, arm.name)
     options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
@@ -358,16 +371,7 @@ def compare(job: Job) -> dict[str, Any]:
         "grid": [arm.name for arm in job.arms],
         "headroom": labels["headroom"],
         "rows": table(results, strata, best, **options),
-        "rl_against_distilled": table(results, strata, "distilled", **options)[-1]["difference"],
+        "rl_against_distilled": paired_difference(results[-1], results[-2], strata, **options),
     }
     write_json(path, comparison)
     return comparison
-
-
-def _test_rollout(job: Job, arm: Arm, prompts: Sequence[Prompt]) -> Trajectories:
-    folder = job.run / "comparison" / arm.name
-    if not folder.exists():
-        config = job.config.compare
-        trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, config.num_generations, config.seed)
-        save_trajectories(folder, trajectories)
-    return load_trajectories(folder)

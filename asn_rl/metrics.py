@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from asn_rl.files import write_whole
 from asn_rl.runs import read_jsonl
 
 
@@ -29,9 +30,7 @@ class MetricsLogger:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [record for record in read_metrics(run) if record["step"] <= resume_after]
-            scratch = self.path.with_suffix(".part")
-            scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            scratch.rename(self.path)
+            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a")
         self.events = SummaryWriter(str(run / "events"), purge_step=resume_after + 1)
 

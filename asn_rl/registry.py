@@ -25,10 +25,14 @@ class Registry:
 
     def resolve(self, name: str) -> Any:
         """The object behind a registered short name or a "module:attribute" path."""
+        return load_attribute(self.path(name))
+
+    def path(self, name: str) -> str:
+        """The "module:attribute" path behind a registered short name, or the path given; nothing is imported."""
         if ":" not in name and name not in self.entries:
             advice = f"Or give a {self.what} of your own as 'module:attribute'."
             raise UnknownName(self.what, name, self.entries, advice)
-        return load_attribute(self.entries.get(name, name))
+        return self.entries.get(name, name)
 
 
 def allow_local_plugins() -> None:

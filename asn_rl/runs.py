@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asn_rl.config import differences, save_config, to_dict
 from asn_rl.errors import ConfigError, DataError
+from asn_rl.files import write_whole
 
 console = Console(soft_wrap=True)
 
@@ -68,8 +72,6 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int, s
 
 @contextmanager
 def _plain_progress(label: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    import time
-
     begin, last, count = time.monotonic(), time.monotonic(), done
 
     def advance(steps: int, note: str = "") -> None:
@@ -87,17 +89,13 @@ def _plain_progress(label: str, total: int, done: int) -> Iterator[Callable[[int
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is either whole or not there."""
-    scratch = path.with_suffix(path.suffix + ".part")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.rename(path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write a JSONL file that is either whole or not there; a step that is repeated after a resume replaces its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(path.suffix + ".part")
-    scratch.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    scratch.rename(path)
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -127,9 +125,6 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _provenance() -> str:
     """The command line and, in a git checkout, the commit: enough to repeat the run."""
-    import shlex
-    import sys
-
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip()

@@ -27,6 +27,11 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """the row's other columns, handed to reward functions by name"""
 
+    @property
+    def last_turn(self) -> str:
+        """The text, or the content of the last message: what a reader takes for the prompt."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -119,12 +124,15 @@ class Trajectories:
 
     def per_token(self, which: Tensor | slice = slice(None)) -> Observation:
         """Observations of some tokens, per-completion entries spread over their tokens."""
-        rows = self.rows[which]
+        return self._observations(which, self.rows[which])
+
+    def _observations(self, tokens: Tensor | slice, rows: Tensor) -> Observation:
+        """Per-token entries at `tokens`, per-completion entries at `rows`."""
         obs = self.observations
         return Observation(
-            obs.sketch.index(which),
-            obs.context[which],
-            _at(obs.hidden, which),
+            obs.sketch.index(tokens),
+            obs.context[tokens],
+            _at(obs.hidden, tokens),
             _at(obs.prompt_embedding, rows),
             _at(obs.condition, rows),
         )
@@ -135,14 +143,6 @@ class Trajectories:
         lengths, starts = self.lengths, self.lengths.cumsum(0) - self.lengths
         spans = [torch.arange(int(starts[i]), int(starts[i] + lengths[i])) for i in index.tolist()]
         tokens = torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
-        obs = self.observations
-        picked = Observation(
-            obs.sketch.index(tokens),
-            obs.context[tokens],
-            _at(obs.hidden, tokens),
-            _at(obs.prompt_embedding, index),
-            _at(obs.condition, index),
-        )
         rows = index.tolist()
         return Trajectories(
             prompts=[self.prompts[i] for i in rows],
@@ -151,7 +151,7 @@ class Trajectories:
             completion_ids=[self.completion_ids[i] for i in rows],
             completions=[str(self.completions[i]) for i in rows],
             terminated=self.terminated[index],
-            observations=picked,
+            observations=self._observations(tokens, index),
             points=self.points[tokens],
             behaviour_logprobs=self.behaviour_logprobs[tokens],
             base_logprobs=self.base_logprobs[tokens],

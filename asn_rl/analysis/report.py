@@ -180,8 +180,7 @@ def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8
     for group in range(min(groups, prompts)):
         first = group * prompts // min(groups, prompts) * samples
         texts = "<br>".join(html.escape(text) for text in trajectories.completions[first : first + 3])
-        content = trajectories.prompts[first].content
-        rows.append([html.escape(content if isinstance(content, str) else content[-1]["content"]), texts])
+        rows.append([html.escape(trajectories.prompts[first].last_turn), texts])
     return _table(["prompt", "three of its completions"], rows, "text")
 
 

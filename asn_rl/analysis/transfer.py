@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from asn_rl.ops.context import entropy
 from asn_rl.ops.divergences import kl
+from asn_rl.ops.logprobs import entropy as point_entropy
+from asn_rl.placement import recorded_logprobs
 from asn_rl.protocols import Policy
 from asn_rl.types import Trajectories
 
@@ -44,7 +45,7 @@ def transfer_curves(
     generator = torch.Generator().manual_seed(seed)
     which = found[torch.randperm(len(found), generator=generator)[:positions]]
     obs = trajectories.per_token(which)
-    shift = policy(obs).logprobs - obs.sketch.log_mass
+    shift = recorded_logprobs(policy, obs) - obs.sketch.log_mass
     keep = torch.isfinite(shift)
     return TransferCurves(
         f"{title} (base entropy {bounds[0]:.2f} to {bounds[1]:.2f} nats)",
@@ -64,7 +65,7 @@ class Difference:
     """the token that was drawn"""
     kl: float
     """KL(policy || other), nats"""
-    entropy: tuple[float, float, float]
+    entropy: tuple[float, ...]
     """over points: base, policy, other, nats"""
 
 
@@ -78,7 +79,8 @@ def largest_differences(
         pieces: the text of every token, completion by completion.
     """
     obs = trajectories.per_token()
-    mine, theirs = policy(obs).logprobs, other(obs).logprobs
+    mine, theirs = recorded_logprobs(policy, obs), recorded_logprobs(other, obs)
+    entropies = [point_entropy(logprobs) for logprobs in (obs.sketch.log_mass, mine, theirs)]
     # The other rule may cut what the policy uses; the divergence from policy to rule is then infinite. Report the
     # bounded one to the even mixture instead (half of the Jensen-Shannon divergence, at most log 2).
     middle = torch.logaddexp(mine, theirs) - torch.log(torch.tensor(2.0))
@@ -94,14 +96,8 @@ def largest_differences(
         seen.add(prompt.id)
         t = int(token) - int(starts[row])
         text = pieces[row]
-        spreads = (_entropy(obs.sketch.log_mass[token]), _entropy(mine[token]), _entropy(theirs[token]))
-        content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
-        chosen.append(Difference(content, "".join(text[:t]), text[t], float(gap[token]), spreads))
+        spreads = tuple(float(spread[token]) for spread in entropies)
+        chosen.append(Difference(prompt.last_turn, "".join(text[:t]), text[t], float(gap[token]), spreads))
         if len(chosen) == count:
             break
     return chosen
-
-
-def _entropy(logprobs: Tensor) -> float:
-    kept = logprobs[logprobs > -torch.inf]
-    return float(-(kept.exp() * kept).sum())

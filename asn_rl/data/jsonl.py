@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from asn_rl.data.splits import SPLITS, split_slice
-from asn_rl.errors import DataError, UnknownName
+from asn_rl.data.splits import SPLITS, check_split, split_slice
+from asn_rl.errors import DataError
 from asn_rl.runs import read_jsonl
 from asn_rl.types import Prompt
 
@@ -21,8 +21,7 @@ def jsonl(split: str, *, path: str, seed: int = 0) -> list[Prompt]:
     Raises:
         DataError: a line that is not JSON, or a row without a usable `prompt`; the message names file and line.
     """
-    if split not in SPLITS:
-        raise UnknownName("split", split, SPLITS)
+    check_split(split)
     lines = list(read_jsonl(Path(path)))
     rows = [(as_prompt(row, f"{path}, line {n}", f"line-{n}"), _split(row, n, path)) for n, row in lines]
     marked = [mark is not None for _, mark in rows]

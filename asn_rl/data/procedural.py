@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from asn_rl.data.splits import SPLITS
-from asn_rl.errors import ConfigError, InvalidValue, UnknownName
+from asn_rl.data.splits import SPLITS, check_split
+from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.types import Prompt
 
 # Found by running version 0.1.25: families whose stored answers or scorers are wrong or not repeatable.
@@ -38,8 +38,7 @@ def reasoning_gym(
         size: number of distinct questions a split holds, at most.
         config: options of the family, for example {min_digits: 1, max_digits: 1, min_terms: 2, max_terms: 2}.
     """
-    if split not in SPLITS:
-        raise UnknownName("split", split, SPLITS)
+    check_split(split)
     if not 1 <= size <= _SEED_STRIDE:
         raise InvalidValue("size", size, f"in [1, {_SEED_STRIDE}]")
     if family in REFUSED:

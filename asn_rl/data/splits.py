@@ -12,10 +12,15 @@ SPLITS = {"train": 0.5, "selection": 0.2, "test": 0.3}
 """share of each split where a source divides its items itself"""
 
 
-def split_slice(items: Sequence[T], split: str) -> Sequence[T]:
-    """The part of `items` that belongs to a split, in order, without overlap."""
+def check_split(split: str) -> None:
+    """`UnknownName` unless it is one of `SPLITS`."""
     if split not in SPLITS:
         raise UnknownName("split", split, SPLITS)
+
+
+def split_slice(items: Sequence[T], split: str) -> Sequence[T]:
+    """The part of `items` that belongs to a split, in order, without overlap."""
+    check_split(split)
     low = 0.0
     for name, share in SPLITS.items():
         if name == split:

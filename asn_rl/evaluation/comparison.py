@@ -10,7 +10,7 @@ import numpy as np
 
 from asn_rl.evaluation.statistics import Interval, bootstrap, masked_mean, split_by_stratum, stratified_mean
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.rewards.compose import RewardSuite
+from asn_rl.rewards.compose import RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import Prompt, Trajectories
 
@@ -60,15 +60,9 @@ def run_arm(
 
 def arm_result(name: str, trajectories: Trajectories, rewards: RewardSuite, samples: int) -> ArmResult:
     """Score the completions of one arm."""
-    result = rewards(
-        trajectories.prompts,
-        trajectories.completions,
-        trajectories.completion_ids,
-        terminated=trajectories.terminated.tolist(),
-    )
     return ArmResult(
         name=name,
-        rewards=result.total.numpy().reshape(-1, samples),
+        rewards=score(rewards, trajectories).total.numpy().reshape(-1, samples),
         tokens=trajectories.lengths.numpy().reshape(-1, samples),
         truncated=~trajectories.terminated.numpy().reshape(-1, samples),
         distinct=np.array(
@@ -99,14 +93,13 @@ def table(
 ) -> list[dict[str, Any]]:
     """One row an arm: mean rewards by stratum and overall, difference to `baseline` with its interval, diversity,
     tokens and truncation."""
-    anchor = next(result for result in results if result.name == baseline).per_prompt()
+    options = {"resamples": resamples, "level": level, "seed": seed}
+    anchor = next(result for result in results if result.name == baseline)
     return [
         {
             "name": result.name,
-            "reward": _as_dict(bootstrap(result.per_prompt(), strata, resamples=resamples, level=level, seed=seed)),
-            "difference": _as_dict(
-                bootstrap(result.per_prompt() - anchor, strata, resamples=resamples, level=level, seed=seed)
-            ),
+            "reward": _as_dict(bootstrap(result.per_prompt(), strata, **options)),
+            "difference": paired_difference(result, anchor, strata, **options),
             "by_stratum": by_stratum(result.per_prompt(), strata),
             "distinct_3": stratified_mean(result.distinct, strata),
             "tokens": float(result.tokens.mean()),
@@ -114,6 +107,14 @@ def table(
         }
         for result in results
     ]
+
+
+def paired_difference(
+    result: ArmResult, anchor: ArmResult, strata: Sequence[str], *, resamples: int, level: float, seed: int
+) -> dict[str, float]:
+    """Mean difference of two arms on the same prompts, with its interval: mean, low, high."""
+    gap = result.per_prompt() - anchor.per_prompt()
+    return _as_dict(bootstrap(gap, strata, resamples=resamples, level=level, seed=seed))
 
 
 def by_stratum(values: np.ndarray, strata: Sequence[str]) -> Mapping[str, float]:

@@ -175,8 +175,7 @@ def _tail_sums(
     sums = torch.zeros(2, count, 512, dtype=torch.float64, device=logits.device)
     for low in range(0, count, chunk):
         rows = slice(low, low + chunk)
-        weights, shift = work.weigh(logits[rows], start[rows])
-        weights.scatter_(-1, head_ids[rows], torch.where(in_head[rows], 0.0, weights.gather(-1, head_ids[rows])))
+        weights, shift = work.weigh(logits[rows], start[rows], head_ids[rows], in_head[rows])
         half_octave = work.half_octaves(weights)
         tokens[rows].scatter_add_(-1, half_octave, one.expand_as(weights))
         # fp32 would lose 1e-3 of the mass when 100k equal weights are added one by one.
@@ -204,11 +203,13 @@ class _Workspace:
         self.half_octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
         self.wide = torch.empty(rows, vocab, dtype=torch.float64, device=device)
 
-    def weigh(self, logits: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """`exp(logit - v)` and its argument, which is clamped so that impossible tokens give no NaN."""
+    def weigh(self, logits: Tensor, start: Tensor, head_ids: Tensor, in_head: Tensor) -> tuple[Tensor, Tensor]:
+        """`exp(logit - v)`, 0 for head tokens, and its argument, clamped so that impossible tokens give no NaN."""
         rows = len(logits)
         shift = torch.sub(logits, start, out=self.shift[:rows]).clamp_(min=_FLOOR_NATS)
-        return torch.exp(shift, out=self.weights[:rows]), shift
+        weights = torch.exp(shift, out=self.weights[:rows])
+        weights.scatter_(-1, head_ids, torch.where(in_head, 0.0, weights.gather(-1, head_ids)))
+        return weights, shift
 
     def half_octaves(self, weights: Tensor) -> Tensor:
         rows = len(weights)
@@ -305,9 +306,7 @@ def _choose_in_tail(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: 
     work = _Workspace(chunk, vocab, logits.device)
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
-        weights, _ = work.weigh(logits[rows], start[rows])
-        ids, in_head = points.head_ids[rows], points.head_slot[rows] >= 0
-        weights.scatter_(-1, ids, torch.where(in_head, 0.0, weights.gather(-1, ids)))
+        weights, _ = work.weigh(logits[rows], start[rows], points.head_ids[rows], points.head_slot[rows] >= 0)
         weights.mul_((weights >= low[rows, None]) & (weights < high[rows, None]))
         tokens[rows] = invert_cdf(weights, uniforms[rows])
     return tokens

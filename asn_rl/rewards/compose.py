@@ -18,7 +18,7 @@ from asn_rl.ops.advantages import group_advantages
 from asn_rl.rewards import REWARDS
 from asn_rl.rewards.contract import CALL_ARGUMENTS, checked_scores, load_function
 from asn_rl.rewards.workers import Failure, WorkerPool, describe
-from asn_rl.types import Prompt
+from asn_rl.types import Prompt, Trajectories
 
 Normalize = Literal["none", "group", "batch"]
 Isolation = Literal["inline", "process"]
@@ -149,6 +149,16 @@ class RewardSuite:
         return RewardResult(_sum_applicable(weighted), scores, dict(counts))
 
 
+def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
+    """Score completions as they were rolled out; see `RewardSuite.__call__`."""
+    return rewards(
+        trajectories.prompts,
+        trajectories.completions,
+        trajectories.completion_ids,
+        terminated=trajectories.terminated.tolist(),
+    )
+
+
 class _Component:
     """One configured function: where it runs and what becomes of its failures."""
 
@@ -157,7 +167,7 @@ class _Component:
         self._warned: set[str] = set()
         self._pool: WorkerPool | None = None
         self._own_counts: Counter[str] = Counter()
-        target = _target(config.function)
+        target = REWARDS.path(config.function)
         if config.isolation == "process":
             self._pool = _pool(name, target, config)
             self._pool.start()  # a module that cannot be imported shows now, not after the first rollout
@@ -294,13 +304,6 @@ def _call(function: Callable[..., Any], inputs: Inputs) -> Any | Failure:
         raise
     except Exception as error:
         return Failure("error", describe(error))
-
-
-def _target(function: str) -> str:
-    """Where a function is imported from: the path behind a short name, or the path given."""
-    if ":" not in function and function not in REWARDS.entries:
-        REWARDS.resolve(function)  # raises, with the names there are
-    return REWARDS.entries.get(function, function)
 
 
 def _pool(name: str, target: str, config: RewardConfig) -> WorkerPool:

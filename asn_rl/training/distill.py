@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asn_rl.errors import DataError, InvalidValue, TrainingError
+from asn_rl.errors import DataError, InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
-from asn_rl.placement import device_of
+from asn_rl.placement import device_of, recorded_logprobs
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
@@ -49,18 +49,11 @@ class DistillConfig:
     """first weights of the policy, order of the minibatches, choice of the held-out prompts"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatch_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(name, getattr(self, name), ">= 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InvalidValue(name, getattr(self, name), "> 0")
-        if self.weight_decay < 0:
-            raise InvalidValue("weight_decay", self.weight_decay, ">= 0")
+        check_at_least(self, 1, "epochs", "minibatch_tokens")
+        check_positive(self, "learning_rate", "max_grad_norm")
+        check_at_least(self, 0, "weight_decay", "gamma")
         if not 0 <= self.holdout < 1:
             raise InvalidValue("holdout", self.holdout, "in [0, 1)")
-        if self.gamma < 0:
-            raise InvalidValue("gamma", self.gamma, ">= 0")
 
 
 def sketch_targets(heuristics: Sequence[Policy], choice: Sequence[int], trajectories: Trajectories) -> Tensor:
@@ -77,9 +70,7 @@ def sketch_targets(heuristics: Sequence[Policy], choice: Sequence[int], trajecto
             continue
         if heuristic.initial_state(1, torch.device("cpu")) is not None:
             raise DataError(f"heuristic {i} is stateful; its targets depend on the whole rollout. Leave it out")
-        with torch.no_grad():
-            obs = trajectories.per_token(which).to(device_of(heuristic))
-            targets[which] = heuristic(obs).logprobs.to(targets.device)
+        targets[which] = recorded_logprobs(heuristic, trajectories.per_token(which))
     return targets
 
 

@@ -37,7 +37,7 @@ from asn_rl.checkpoint import (
     set_rng_state,
 )
 from asn_rl.data.sampler import PromptSampler
-from asn_rl.errors import InvalidValue, TrainingError
+from asn_rl.errors import InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.advantages import group_advantages, has_signal, leave_one_out_advantages
 from asn_rl.ops.divergences import k3, kl
@@ -45,7 +45,7 @@ from asn_rl.ops.logprobs import entropy, expectation
 from asn_rl.ops.losses import aggregate, clipped_surrogate
 from asn_rl.placement import device_of, place
 from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
-from asn_rl.rewards.compose import RewardResult, RewardSuite
+from asn_rl.rewards.compose import RewardResult, RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.runs import console, progress, write_jsonl
 from asn_rl.types import Prompt, Trajectories
@@ -97,20 +97,14 @@ class GRPOConfig:
     """completions shown in TensorBoard's text tab every checkpoint"""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "prompts_per_step", "num_iterations", "minibatch_tokens", "save_every", "keep_checkpoints")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise InvalidValue(name, getattr(self, name), ">= 1")
+        check_at_least(self, 1, "steps", "prompts_per_step", "num_iterations", "minibatch_tokens")
+        check_at_least(self, 1, "save_every", "keep_checkpoints")
         if self.num_generations < 2:
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "a group needs companions to compare")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InvalidValue(name, getattr(self, name), "> 0")
+        check_positive(self, "learning_rate", "max_grad_norm")
         if self.epsilon_high is not None and not self.epsilon_high > 0:
             raise InvalidValue("epsilon_high", self.epsilon_high, "> 0", "null: the same as epsilon")
-        for name in ("beta", "entropy_coef", "weight_decay", "log_completions"):
-            if getattr(self, name) < 0:
-                raise InvalidValue(name, getattr(self, name), ">= 0")
+        check_at_least(self, 0, "beta", "entropy_coef", "weight_decay", "log_completions")
         if not 0 < self.epsilon < 1:
             raise InvalidValue("epsilon", self.epsilon, "in (0, 1)")
         if self.kl_target is not None and (self.kl_target <= 0 or self.beta == 0):
@@ -243,11 +237,10 @@ class Trainer:
             "time/tokens_per_second": len(trajectories.points) / (rolled - begin),
         }
         log.log(self.step, metrics)
-        write_jsonl(self.run / "rollouts" / f"step-{self.step:06d}.jsonl", records(trajectories, result, self.step))
+        completions = records(trajectories, result, self.step)
+        write_jsonl(self.run / "rollouts" / f"step-{self.step:06d}.jsonl", completions)
         if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-            log.log_texts(
-                self.step, "completions", records(trajectories, result, self.step)[: self.config.log_completions]
-            )
+            log.log_texts(self.step, "completions", completions[: self.config.log_completions])
             self.save()
         return metrics
 
@@ -299,7 +292,7 @@ class Trainer:
     def save(self) -> None:
         folder = checkpoint_folder(self.run, self.step)
         with atomic_folder(folder) as scratch:
-            self.policy.save_pretrained(scratch / "policy", **self.metadata)  # type: ignore[operator]
+            self.policy.save_pretrained(scratch / "policy", **self.metadata)
             state = {"step": self.step, "beta": self.beta, "optimizer": self.optimizer.state_dict(), "rng": rng_state()}
             save_state(scratch, state)
         remove_old_checkpoints(self.run, self.config.keep_checkpoints)
@@ -373,15 +366,6 @@ def adapted_beta(beta: float, divergence: float, target: float) -> float:
     if divergence > 1.5 * target:
         return min(2 * beta, 1e3)
     return max(beta / 2, 1e-6) if divergence < target / 1.5 else beta
-
-
-def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
-    return rewards(
-        trajectories.prompts,
-        trajectories.completions,
-        trajectories.completion_ids,
-        terminated=trajectories.terminated.tolist(),
-    )
 
 
 def rollout_metrics(trajectories: Trajectories, result: RewardResult, signal: Tensor) -> dict[str, float]:

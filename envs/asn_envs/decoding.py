@@ -92,8 +92,8 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
     ## Arguments
     For `gym.make` and `EnvSpec.to_json` all of them are JSON values; live objects may be given to the class itself.
 
-    * `prompts`: list of `{"id", "prompt", ...columns}`, or the path of a JSONL file of them; or a list of `Prompt`.
-      `prompt` is text or chat messages.
+    * `prompts`: list of `{"prompt", ...columns}`, or the path of a JSONL file of them; or a list of `Prompt`.
+      `prompt` is text or chat messages; without an `id`, rows are called by their number.
     * `reward`: a name in `asn_rl.rewards.REWARDS` or "module:function"; or a function.
     * `backend`: dict of `BackendConfig` fields, "kind:model" ("toy:random:32:0"), or a model name or folder; or a
       backend. Environments of a process that name the same one share it.
