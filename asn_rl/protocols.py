@@ -94,10 +94,11 @@ class LogitsBackend(Protocol):
         """Prefill; row i * repeats + g is the g-th generation of prompt i."""
         ...
 
-    def score(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Teacher-forced logits (T, V) that predict each completion token, and hidden states (T, D) if asked for."""
+    def score_many(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, hidden: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Teacher forcing, in any order: index of a completion, logits (T, V) that predict each of its tokens, and
+        hidden states (T, D) if asked for. A completion without tokens is passed over."""
         ...
 
 

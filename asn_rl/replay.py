@@ -1,4 +1,4 @@
-"""Recover trajectories for text that was sampled elsewhere: one teacher-forced pass of the base model a completion."""
+"""Recover trajectories for text that was sampled elsewhere, by teacher-forced passes of the base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import build_sketch, points_of
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.rollout import RolloutConfig, checked_ids, checked_needs, checked_probs, concatenate
+from asn_rl.rollout import RolloutConfig, checked_needs, checked_probs, concatenate, encoded_prompts
 from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
 
 
@@ -53,11 +53,15 @@ def replay(
     """
     _check_lengths(prompts, completion_ids, sample, logprobs, conditions)
     place(policy, backend.device)
-    parts = [
-        _replay_one(policy, backend, prompt, list(ids), config, 0 if sample is None else sample[i], _row(conditions, i))
-        for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True))
-    ]
-    trajectories = concatenate(parts)
+    ids = [_checked_completion(backend, p, row, config) for p, row in zip(prompts, completion_ids, strict=True)]
+    encoded = encoded_prompts(backend, prompts, config.max_new_tokens)
+    hidden = bool(checked_needs(policy) & {"hidden", "prompt_embedding"})
+    parts: dict[int, Trajectories] = {}
+    for i, logits, states in backend.score_many(encoded, ids, hidden=hidden):
+        row = _Row(prompts[i], encoded[i], ids[i], 0 if sample is None else sample[i], _row(conditions, i))
+        parts[i] = _replay_one(policy, backend, row, logits, states, config)
+    parts_in_order = [parts[i] for i in range(len(prompts))]
+    trajectories = concatenate(parts_in_order)
     if logprobs is None:
         return trajectories, None
     recorded = torch.tensor([value for row in logprobs for value in row], dtype=torch.float32)
@@ -84,15 +88,18 @@ def _check_lengths(
             raise DataError(f"completion {i} has {len(ids)} tokens and {len(row)} recorded log-probs; give one a token")
 
 
-def _replay_one(
-    policy: Policy,
-    backend: LogitsBackend,
-    prompt: Prompt,
-    ids: list[int],
-    config: RolloutConfig,
-    sample: int,
-    condition: Tensor | None,
-) -> Trajectories:
+@dataclass(frozen=True)
+class _Row:
+    """One completion to be replayed."""
+
+    prompt: Prompt
+    prompt_ids: Sequence[int]
+    ids: list[int]
+    sample: int
+    condition: Tensor | None
+
+
+def _checked_completion(backend: LogitsBackend, prompt: Prompt, ids: Sequence[int], config: RolloutConfig) -> list[int]:
     if not 0 < len(ids) <= config.max_new_tokens:
         raise DataError(
             f"a completion of prompt {prompt.id!r} has {len(ids)} tokens; it must have between 1 and "
@@ -104,17 +111,27 @@ def _replay_one(
             f"token {unknown[0]} in a completion of prompt {prompt.id!r} is outside the base model's vocabulary of "
             f"{backend.vocab_size}; was it sampled from another model or tokenizer?"
         )
-    needs, device = checked_needs(policy), backend.device
-    prompt_ids = checked_ids(backend, prompt, config.max_new_tokens)
-    logits, hidden = backend.score(prompt_ids, ids, hidden=bool(needs & {"hidden", "prompt_embedding"}))
+    return list(ids)
+
+
+def _replay_one(
+    policy: Policy,
+    backend: LogitsBackend,
+    row: _Row,
+    logits: Tensor,
+    hidden: Tensor | None,
+    config: RolloutConfig,
+) -> Trajectories:
+    """A trajectory of logits (T, V) and hidden states (T, D)."""
+    needs, device, ids = checked_needs(policy), backend.device, row.ids
     tokens = torch.tensor(ids, device=device).unsqueeze(-1)
     sketch, point_map = build_sketch(logits, config.size)
     points = points_of(logits, tokens, point_map)
     if (points < 0).any():
         t = int((points < 0).flatten().nonzero()[0])
         raise DataError(
-            f"token {ids[t]} at position {t} of a completion of prompt {prompt.id!r} has no probability under the base "
-            "model; was it sampled from another model or tokenizer?"
+            f"token {ids[t]} at position {t} of a completion of prompt {row.prompt.id!r} has no probability under the "
+            "base model; was it sampled from another model or tokenizer?"
         )
     base = (logits.gather(-1, tokens).float() - point_map.log_normalizer).squeeze(-1)
     position = torch.arange(len(ids), device=device)
@@ -122,14 +139,14 @@ def _replay_one(
     context = context_vector(sketch, position, config.max_new_tokens - position, before, before.cumsum(0))
     embedding = hidden[:1] if hidden is not None and "prompt_embedding" in needs else None
     own_hidden = hidden if "hidden" in needs else None
-    condition = None if condition is None else condition.unsqueeze(0).to(device)
+    condition = None if row.condition is None else row.condition.unsqueeze(0).to(device)
     obs = Observation(sketch, context, own_hidden, _spread(embedding, len(ids)), _spread(condition, len(ids)))
     output = _run_policy(policy, obs, device)
     inner = base - sketch.log_mass.gather(-1, points).squeeze(-1)
     return Trajectories(
-        prompts=[prompt],
-        sample=[sample],
-        prompt_ids=[prompt_ids],
+        prompts=[row.prompt],
+        sample=[row.sample],
+        prompt_ids=[row.prompt_ids],
         completion_ids=[ids],
         completions=[backend.decode(ids)],
         terminated=torch.tensor([ids[-1] in backend.eos_token_ids]),

@@ -1,9 +1,10 @@
 """Policy x backend -> trajectories. Sketches are captured as the tokens are drawn.
 
 Every completion has a random stream of its own, keyed by (seed, prompt id, sample index): the draws do not depend on
-which other completions share its batch. On a backend that is `batch_invariant` neither do the completions; on
-others (transformers) the same call on the same machine repeats bit for bit, while another batch size may round a
-logit differently and, rarely, tip a draw.
+which other completions share its batch, nor on the policy, so that policies are compared on common draws. On a
+backend that is `batch_invariant` the completions do not depend on the batch either; on others (transformers) the same
+call on the same machine repeats bit for bit, while another batch size may round a logit differently and, rarely, tip
+a draw.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def rollout(
     config: RolloutConfig,
     *,
     num_generations: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     conditions: Tensor | None = None,
     capture: Collection[str] = (),
     probes: Mapping[str, Probe] | None = None,
@@ -71,6 +72,7 @@ def rollout(
     The policy is moved to the base model's device; the trajectories come back on the CPU.
 
     Args:
+        seed: keys the draws; or one seed a prompt.
         conditions: (len(prompts), n) what the policy is conditioned on, one row a prompt.
         capture: optional observation entries to record beside those the policy needs, for another policy to read.
         probes: tensors to record beside the observations, by name; they end up in `Trajectories.extras`.
@@ -85,7 +87,10 @@ def rollout(
         raise InvalidValue("num_generations", num_generations, ">= 1")
     if conditions is not None and len(conditions) != len(prompts):
         raise InvalidValue("conditions", tuple(conditions.shape), f"of {len(prompts)} rows, one a prompt")
-    ids = [checked_ids(backend, prompt, config.max_new_tokens) for prompt in prompts]
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise InvalidValue("seed", seeds, f"one seed, or {len(prompts)}, one a prompt")
+    ids = encoded_prompts(backend, prompts, config.max_new_tokens)
     place(policy, backend.device)
     # Whole prompts to a batch, so that a prompt is prefilled once for all its completions; batches of equal size, as
     # a step with few rows costs almost as much as one with many.
@@ -102,7 +107,7 @@ def rollout(
                 ids[part],
                 config,
                 num_generations,
-                seed,
+                seeds[part],
                 None if conditions is None else conditions[part],
                 _checked_entries("capture", capture) | checked_needs(policy),
                 probes or {},
@@ -119,16 +124,16 @@ def _rollout_batch(
     ids: Sequence[Sequence[int]],
     config: RolloutConfig,
     repeats: int,
-    seed: int,
+    seeds: Sequence[int],
     conditions: Tensor | None,
     needs: frozenset[str],
     probes: Mapping[str, Probe],
     on_token: Callable[[int], None] | None,
 ) -> Trajectories:
     device, budget = backend.device, config.max_new_tokens
-    keys = [(prompt.id, g) for prompt in prompts for g in range(repeats)]
+    keys = [(seed, prompt.id, g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(repeats)]
     batch = len(keys)
-    uniforms = torch.from_numpy(np.stack([uniform_stream(seed, *key, budget) for key in keys])).to(device)
+    uniforms = torch.from_numpy(np.stack([uniform_stream(*key, budget) for key in keys])).to(device)
     session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}))
     embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
     condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
@@ -170,7 +175,8 @@ def _rollout_batch(
             state = None if state is None else {name: value[order] for name, value in state.items()}
         session.step(tokens)
     everyone = [prompt for prompt in prompts for _ in range(repeats)]
-    return record.trajectories(backend, everyone, keys, ids, repeats, embedding, condition)
+    samples = [g for _, _, g in keys]
+    return record.trajectories(backend, everyone, samples, ids, repeats, embedding, condition)
 
 
 class _Record:
@@ -212,7 +218,7 @@ class _Record:
         self,
         backend: LogitsBackend,
         prompts: Sequence[Prompt],
-        keys: Sequence[tuple[str, int]],
+        samples: Sequence[int],
         ids: Sequence[Sequence[int]],
         repeats: int,
         embedding: Tensor | None,
@@ -221,11 +227,11 @@ class _Record:
         flat = {name: torch.cat([step[name] for step in self.steps]) for name in self.steps[0]}
         order = torch.argsort(flat["row"] * (len(self.steps) + 1) + flat["time"])
         flat = {name: value[order] for name, value in flat.items()}
-        lengths = torch.bincount(flat["row"], minlength=len(keys)).tolist()
+        lengths = torch.bincount(flat["row"], minlength=len(samples)).tolist()
         completion_ids = [part.tolist() for part in flat["token"].split(lengths)]
         return Trajectories(
             prompts=prompts,
-            sample=[g for _, g in keys],
+            sample=samples,
             prompt_ids=[prompt for prompt in ids for _ in range(repeats)],
             completion_ids=completion_ids,
             completions=[backend.decode(part) for part in completion_ids],
@@ -313,8 +319,18 @@ def _checked_entries(what: str, names: Collection[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:
-    """Token ids of a prompt; `DataError` if it is empty or leaves no room for its completion."""
+def encoded_prompts(backend: LogitsBackend, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt; one that occurs several times is encoded once.
+
+    Raises:
+        DataError: a prompt is empty or leaves no room for its completion.
+    """
+    distinct = {id(prompt): prompt for prompt in prompts}
+    encoded = {key: _checked_ids(backend, prompt, max_new_tokens) for key, prompt in distinct.items()}
+    return [encoded[id(prompt)] for prompt in prompts]
+
+
+def _checked_ids(backend: LogitsBackend, prompt: Prompt, max_new_tokens: int) -> list[int]:
     ids = backend.encode(prompt.content)
     if not ids:
         raise DataError(f"prompt {prompt.id!r} is empty; a completion needs at least one prompt token to follow")

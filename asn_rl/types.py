@@ -33,6 +33,29 @@ class Prompt:
         return self.content if isinstance(self.content, str) else self.content[-1]["content"]
 
 
+Key = tuple[str, str, int]
+"""(prompt id, heuristic, seed) of a candidate"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion of a prompt under a heuristic, before anything is said of its worth."""
+
+    prompt_id: str
+    heuristic: str
+    seed: int
+    """keys the draws of this completion; with prompt and heuristic it decides the text"""
+    completion: str
+    completion_ids: Sequence[int] | None
+    """as sampled, end-of-sequence token included; None: a server that returns text only"""
+    terminated: bool
+    """True: ended by an end-of-sequence token; False: truncated by the token limit"""
+
+    @property
+    def key(self) -> Key:
+        return (self.prompt_id, self.heuristic, self.seed)
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees before it chooses; leading axes `(...)` are free (batch, or batch and time).

@@ -14,18 +14,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from asn_rl.threads import limit_spinning, set_threads
+from asn_rl.threads import limit_spinning
 
 limit_spinning()
 
+import _recipe
+
 from asn_policies import Pipeline
 from asn_policies.heuristics import read_pipelines
-from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.checkpoint import check_compatible, load_policy
-from asn_rl.data import DataConfig, load_prompts
-from asn_rl.errors import AsnError
 from asn_rl.evaluation.comparison import Arm, arm_result, run_arm, table
-from asn_rl.registry import allow_local_plugins
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.runs import console, progress
@@ -33,13 +31,10 @@ from asn_rl.runs import console, progress
 
 def main() -> int:
     options = _options()
-    set_threads(None)
-    allow_local_plugins()
-    try:
-        rows = evaluate(options)
-    except (AsnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _recipe.exit_status(lambda: _print(evaluate(options)))
+
+
+def _print(rows: list[dict]) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         reward, gap = row["reward"], row["difference"]
@@ -49,12 +44,10 @@ def main() -> int:
             f"{row['truncated']:.0%}",
             highlight=False,
         )
-    return 0
 
 
 def evaluate(options: argparse.Namespace) -> list[dict]:
-    backend = load_backend(BackendConfig(model=options.model, device=options.device))
-    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), options.split)
+    backend, prompts = _recipe.load(options, options.split)
     if options.pipelines:
         arms = [Arm(str(i), pipeline) for i, pipeline in enumerate(read_pipelines(options.pipelines))]
     else:
@@ -75,18 +68,13 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _recipe.parser(__doc__)
     parser.add_argument("--policy", type=Path, nargs="+", required=True, help="policy folders")
     parser.add_argument("--reward", nargs="+", required=True, help="reward names or module:function")
     parser.add_argument("--pipelines", type=Path, help="YAML file of static rules; default: greedy and T = 1")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
-    parser.add_argument("--path", help="file of the jsonl source")
+    _recipe.add_model_and_data(parser, seed=2000)
     parser.add_argument("--split", default="test", choices=("train", "selection", "test"), help="which prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
     parser.add_argument("--num-generations", type=int, default=8, help="completions of every prompt under every arm")
-    parser.add_argument("--seed", type=int, default=2000, help="keys every draw")
     return parser.parse_args()
 
 

@@ -15,15 +15,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from asn_rl.threads import limit_spinning, set_threads
+from asn_rl.threads import limit_spinning
 
 limit_spinning()
 
-from asn_rl.backends import BackendConfig, load_backend
+import _recipe
+
 from asn_rl.checkpoint import check_compatible, load_policy
-from asn_rl.data import DataConfig, load_prompts
-from asn_rl.errors import AsnError
-from asn_rl.registry import allow_local_plugins
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.runs import open_run
@@ -32,22 +30,11 @@ from asn_rl.training.grpo import GRPOConfig, train
 
 def main() -> int:
     options = _options()
-    set_threads(None)
-    allow_local_plugins()
-    try:
-        run(options)
-    except (AsnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"the policy is in {options.run / 'policy'}; curves: tensorboard --logdir {options.run}")
-    return 0
+    return _recipe.exit_status(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
-    backend = load_backend(BackendConfig(model=options.model, device=options.device))
-    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), "train")
+    backend, prompts = _recipe.load(options, "train")
     open_run(options.run, {name: str(value) for name, value in vars(options).items()})
     spec = check_compatible(options.init, fingerprint=backend.fingerprint)
     if options.reference:
@@ -68,23 +55,19 @@ def run(options: argparse.Namespace) -> None:
             "sketch": {"head": size.head, "tail": size.tail},
         },
     )
+    print(f"the policy is in {options.run / 'policy'}; curves: tensorboard --logdir {options.run}")
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _recipe.parser(__doc__)
     parser.add_argument("--init", type=Path, required=True, help="policy folder to start from")
     parser.add_argument("--reference", type=Path, help="policy folder of the KL penalty; default: the start")
     parser.add_argument("--reward", nargs="+", required=True, help="reward names or module:function")
     parser.add_argument("--run", type=Path, required=True, help="run folder")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
-    parser.add_argument("--path", help="file of the jsonl source")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
+    _recipe.add_model_and_data(parser, seed=0)
     parser.add_argument("--steps", type=int, default=50, help="policy updates")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW step size")
     parser.add_argument("--beta", type=float, default=0.05, help="coefficient of the KL penalty")
-    parser.add_argument("--seed", type=int, default=0, help="keys every draw")
     return parser.parse_args()
 
 

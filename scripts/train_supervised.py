@@ -14,65 +14,50 @@ from __future__ import annotations
 import argparse
 import sys
 
-from asn_rl.threads import limit_spinning, set_threads
+from asn_rl.threads import limit_spinning
 
 limit_spinning()
 
+import _recipe
 import torch
 import yaml
 
 from asn_policies import OrderStatisticsNetwork, Pipeline
-from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.checkpoint import save_policy
-from asn_rl.data import DataConfig, load_prompts
-from asn_rl.errors import AsnError
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.training.distill import DistillConfig, distill, sketch_targets
 
 
 def main() -> int:
     options = _options()
-    set_threads(None)
-    try:
-        figures = train(options)
-    except (AsnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    divergence = figures.get("eval/distill_kl", figures["loss/distill_kl"])  # held out, where there are prompts enough
-    print(f"KL {divergence:.4f} nats a token; the policy is in {options.output}")
-    return 0
+    return _recipe.exit_status(lambda: train(options))
 
 
-def train(options: argparse.Namespace) -> dict[str, float]:
-    backend = load_backend(BackendConfig(model=options.model, device=options.device))
-    prompts = load_prompts(DataConfig(options.source, {"path": options.path} if options.path else {}), "train")
+def train(options: argparse.Namespace) -> None:
+    backend, prompts = _recipe.load(options, "train")
     steps = [{"name": name, "params": params or {}} for step in options.pipeline for name, params in step.items()]
     heuristic, size = Pipeline(steps), RolloutConfig(max_new_tokens=options.max_new_tokens)
     print(f"{len(prompts)} prompts x {options.num_generations} completions under {steps}")
     visited = rollout(heuristic, backend, prompts, size, num_generations=options.num_generations, seed=options.seed)
-    targets = sketch_targets([heuristic], [0] * len(visited), visited)
+    targets = sketch_targets([heuristic], torch.ones(len(visited), 1), visited)
     torch.manual_seed(options.seed)
     policy = OrderStatisticsNetwork()
     figures = distill(policy, visited, targets, DistillConfig(epochs=options.epochs, seed=options.seed))
     sketch = {"head": size.head, "tail": size.tail}
     save_policy(options.output, policy, base_model=options.model, fingerprint=backend.fingerprint, sketch=sketch)
-    return dict(figures)
+    divergence = figures.get("eval/distill_kl", figures["loss/distill_kl"])  # held out, where there are prompts enough
+    print(f"KL {divergence:.4f} nats a token; the policy is in {options.output}")
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="embedded short name, hub id or folder")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--source", default="mixture", help="prompt source (asn_rl.data.SOURCES) or module:function")
-    parser.add_argument("--path", help="file of the jsonl source")
+    parser = _recipe.parser(__doc__)
+    _recipe.add_model_and_data(parser, seed=0)
     parser.add_argument(
         "--pipeline", nargs="+", type=yaml.safe_load, required=True, help="steps 'name: {param: value}'"
     )
     parser.add_argument("--output", required=True, help="folder the policy is written to")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="token budget of a completion")
     parser.add_argument("--num-generations", type=int, default=4, help="completions of every prompt")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the recorded tokens")
-    parser.add_argument("--seed", type=int, default=0, help="keys every draw")
     return parser.parse_args()
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from asn_rl.analysis.page import STYLE, svg, table
+from asn_rl.analysis.page import figure as make_figure
 from asn_rl.analysis.transfer import Difference, TransferCurves, largest_differences, transfer_curves
 from asn_rl.data.store import load_trajectories
-from asn_rl.errors import ConfigError
 from asn_rl.job import Job, compare, distil, reinforce
 from asn_rl.metrics import read_metrics
 from asn_rl.runs import console
@@ -22,15 +22,6 @@ _CURVES = (
     ("policy/entropy", "policy entropy, nats a token"),
     ("policy/truncated", "share cut off by the token limit"),
 )
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1,h2{line-height:1.2} table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}
-td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-td{white-space:nowrap} .text td{white-space:normal}
-td:first-child,th:first-child,.text td,.text th{text-align:left} .note{color:#555}
-pre{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.85rem} svg{max-width:100%;height:auto}
-mark{background:#ffe08a}
-"""
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
@@ -99,9 +90,9 @@ def _page(
     versus = comparison["rl_against_distilled"]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>asn_rl report</title>",
-        f"<style>{_STYLE}</style><h1>Learning how to sample</h1>",
+        f"<style>{STYLE}</style><h1>Learning how to sample</h1>",
         f"<p><strong>{html.escape(verdict(comparison))}</strong></p>",
-        _table(*_cells(comparison)),
+        table(*_cells(comparison)),
         f"<p class='note'>{comparison['prompts']} held-out prompts, {comparison['samples']} completions each, the same "
         f"random draws for every arm. Strata weigh the same. Intervals: paired bootstrap over prompts, "
         f"{round(100 * comparison['level'])} %. The best static rule was chosen on the selection split from "
@@ -154,12 +145,6 @@ def _row(comparison: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(row for row in comparison["rows"] if row["name"] == name)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
-
-
 def _differences_table(differences: Sequence[Difference]) -> str:
     rows = [
         [
@@ -171,7 +156,7 @@ def _differences_table(differences: Sequence[Difference]) -> str:
         for d in differences
     ]
     header = ["prompt", "completion, drawn token marked", "divergence", "base entropy", "RL", "static"]
-    return _table(header, rows, "text")
+    return table(header, rows, "text")
 
 
 def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8) -> str:
@@ -181,12 +166,12 @@ def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8
         first = group * prompts // min(groups, prompts) * samples
         texts = "<br>".join(html.escape(text) for text in trajectories.completions[first : first + 3])
         rows.append([html.escape(trajectories.prompts[first].last_turn), texts])
-    return _table(["prompt", "three of its completions"], rows, "text")
+    return table(["prompt", "three of its completions"], rows, "text")
 
 
 def _learning_curves(run: Path) -> str:
     distilled, grpo = read_metrics(run / "distill"), read_metrics(run)
-    figure, axes = _figure(1, 1 + len(_CURVES), 3.2)
+    figure, axes = make_figure(1, 1 + len(_CURVES), 3.2)
     axes[0].plot([r["step"] for r in distilled], [r["loss/distill_kl"] for r in distilled], label="training")
     if distilled and "eval/distill_kl" in distilled[0]:
         axes[0].plot([r["step"] for r in distilled], [r["eval/distill_kl"] for r in distilled], label="held out")
@@ -195,11 +180,11 @@ def _learning_curves(run: Path) -> str:
     for axis, (name, title) in zip(axes[1:], _CURVES, strict=True):
         axis.plot([r["step"] for r in grpo], [r.get(name) for r in grpo], color="tab:orange")
         axis.set(title=title, xlabel="GRPO step")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _transfer_figure(curves: Mapping[str, Sequence[TransferCurves]]) -> str:
-    figure, axes = _figure(len(next(iter(curves.values()))), len(curves), 5.0)
+    figure, axes = make_figure(len(next(iter(curves.values()))), len(curves), 5.0)
     for column, (name, kinds) in enumerate(curves.items()):
         for row, kind in enumerate(kinds):
             axis = axes[row * len(curves) + column]
@@ -209,24 +194,4 @@ def _transfer_figure(curves: Mapping[str, Sequence[TransferCurves]]) -> str:
             axis.set(title=f"{name}\n{kind.title}", xlabel="log p under the base model", ylabel="shift, nats")
             axis.set_xlim(-14, 0)
             axis.set_ylim(-20, 5)  # what is 20 nats less likely is gone
-    return _svg(figure)
-
-
-def _figure(rows: int, columns: int, width: float) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("the report needs matplotlib; run: pip install 'asn_rl[report]'") from error
-    figure = Figure(figsize=(width * columns, 3.0 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.title.set_fontsize(9)
-        axis.tick_params(labelsize=8)
-    return figure, list(axes.flat)
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from asn_rl.protocols import LogitsBackend
@@ -47,3 +48,9 @@ class BackendConfig:
 def load_backend(config: BackendConfig) -> LogitsBackend:
     """The backend a configuration describes."""
     return BACKENDS.resolve(config.kind).from_config(config)
+
+
+@lru_cache(maxsize=4)
+def shared_backend(config: BackendConfig) -> LogitsBackend:
+    """The process-wide backend of this configuration: loaded once, however often it is asked for."""
+    return load_backend(config)

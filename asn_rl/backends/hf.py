@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 _PREFILL_TOKENS = 2048  # padded positions a prefill chunk may hold
 _MIN_SHARED_PREFIX = 8  # shorter common beginnings are not worth a pass of their own
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+Stamp = tuple[tuple[str, int, int], ...]
+# Frozen weights that are in use: backends of one model that render prompts differently share them.
+_models: WeakValueDictionary[tuple[str, Stamp, torch.dtype, torch.device], PreTrainedModel] = WeakValueDictionary()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,8 +101,9 @@ class HFBackend:
         device = _checked_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         source = resolve_model(config.model)
+        key = (str(source), _stamp(source), dtype, device)
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = _models.get(key) or AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
@@ -106,7 +111,7 @@ class HFBackend:
                 f"cannot load the base model {config.model!r}{offline}: {error}. Give a folder or hub id of a causal "
                 "language model, or the embedded name smollm2-135m-instruct"
             ) from error
-        model.to(device)  # type: ignore[call-arg]
+        _models[key] = model.to(device)  # type: ignore[call-arg]
         return cls(
             model,
             tokenizer,
@@ -146,14 +151,100 @@ class HFBackend:
         states = captured.value[0, :-1].float().clone() if hidden else None
         return logits[0, :-1].clone(), states
 
+    def token_logprobs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        batch_tokens: int = _PREFILL_TOKENS,
+    ) -> list[Tensor]:
+        """Log-probs of completions given their prompts: for each a (T,) tensor on the CPU, nats, fp32."""
+        logprobs: list[Tensor] = [torch.empty(0)] * len(completion_ids)
+        for i, logits, _ in self.score_many(prompt_ids, completion_ids, batch_tokens=batch_tokens):
+            logprobs[i] = _gathered(logits, completion_ids[i]).cpu()
+        return logprobs
+
+    @torch.no_grad()
+    def score_many(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        hidden: bool = False,
+        batch_tokens: int = _PREFILL_TOKENS,
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """What `score` gives one by one, to rounding (1e-4 in float32): index, logits (T, V), and hidden states (T, D)
+        if asked for, of every completion that has tokens, in any order.
+
+        Completions are taken in chunks of similar length, equal prompts together; a prompt is computed once a chunk,
+        and logits are held for one chunk.
+
+        Args:
+            prompt_ids, completion_ids: one entry a completion; at least one prompt token each.
+            batch_tokens: padded positions a chunk may hold; a longer sequence is a chunk of its own.
+        """
+        scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
+        for chunk in _chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
+            parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk])
+            for i, (logits, states) in zip(chunk, parts, strict=True):
+                yield i, logits, states.float() if hidden else None
+
+    def _scored_behind_prompts(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the prompts, one over the completions behind them, padded on the right."""
+        cache, mask, first, first_hidden = self._prefill(prompts, 1)
+        ids, real = self._padded_right([row[:-1] for row in completions])
+        width = ids.shape[1]
+        rest, rest_hidden = first[:, None][:, :0], first_hidden[:, None][:, :0]
+        if width:
+            positions = mask.sum(-1, keepdim=True) + torch.arange(width, device=self.device)
+            rest, rest_hidden = self._outputs(ids, torch.cat([mask, real], 1), positions, cache, width)
+        for i, row in enumerate(completions):
+            later = slice(0, len(row) - 1)
+            yield (
+                torch.cat([first[i : i + 1], rest[i, later]]),
+                torch.cat([first_hidden[i : i + 1], rest_hidden[i, later]]),
+            )
+
+    def _scored_whole(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over whole sequences without a cache: not every layer continues one by several tokens."""
+        sequences = [[*prompt, *row] for prompt, row in zip(prompts, completions, strict=True)]
+        ids, real = self._padded_right(sequences)
+        skipped = min(map(len, prompts)) - 1
+        with _CaptureHidden(self.model) as captured:
+            logits = self.model(
+                input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=ids.shape[1] - skipped
+            ).logits
+        for i, (prompt, row) in enumerate(zip(prompts, completions, strict=True)):
+            begin = len(prompt) - 1 - skipped
+            yield logits[i, begin : begin + len(row)], captured.value[i, begin : begin + len(row)]
+
+    def _padded_right(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T) and attention mask: causal models do not look at what comes later."""
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long, device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return ids, (torch.arange(width, device=self.device) < lengths[:, None]).long()
+
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and hidden states (B, D) at the last column of `ids`."""
+        logits, hidden = self._outputs(ids, mask, positions, cache, 1)
+        return logits[:, -1], hidden[:, -1]
+
+    def _outputs(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, keep, V) and hidden states (B, keep, D) at the last columns of `ids`, which extend the cache."""
         explicit: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             explicit["position_ids"] = positions
         with _CaptureHidden(self.model) as captured:
-            output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **explicit)
-        return output.logits[:, -1], captured.value[:, -1]
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=keep, **explicit)
+        return output.logits, captured.value
 
     def _check_decoding(self) -> None:
         """Refuse a model that decodes a padded batch differently from one sequence: some recurrent ones do."""
@@ -327,6 +418,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def _stamp(source: str | os.PathLike[str]) -> Stamp:
+    """Names, times and sizes of a folder's files: weights that changed on disk are loaded again."""
+    if not os.path.isdir(source):
+        return ()
+    return tuple(sorted((entry.name, (s := entry.stat()).st_mtime_ns, s.st_size) for entry in os.scandir(source)))
+
+
 def _checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -369,6 +467,32 @@ def _chunks_of_similar_length(rests: Sequence[Sequence[int]]) -> list[list[int]]
             chunks[-1].append(i)
         else:
             chunks.append([i])
+    return chunks
+
+
+def _gathered(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(T,) log-probs of tokens under logits (T, V)."""
+    logits = logits.float()
+    index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
+    return logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _chunks_by_prompt(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], batch_tokens: int
+) -> list[list[int]]:
+    """Indices of the completions that have tokens, equal prompts side by side, cut so that a padded chunk holds at
+    most `batch_tokens` positions."""
+    chunks: list[list[int]] = []
+    longest = 0
+    present = [i for i, row in enumerate(completion_ids) if len(row)]
+    for i in sorted(present, key=lambda i: (len(prompt_ids[i]), tuple(prompt_ids[i]), len(completion_ids[i]))):
+        wider = max(longest, len(completion_ids[i]))
+        if chunks and (len(chunks[-1]) + 1) * (len(prompt_ids[i]) + wider) <= batch_tokens:
+            chunks[-1].append(i)
+            longest = wider
+        else:
+            chunks.append([i])
+            longest = len(completion_ids[i])
     return chunks
 
 

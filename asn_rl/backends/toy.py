@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,11 +70,13 @@ class ToyBackend:
         last = torch.tensor([ids[-1] for ids in prompt_ids], device=self.device)
         return ToySession(self, last.repeat_interleave(repeats), hidden)
 
-    def score(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        before = torch.tensor([prompt_ids[-1], *completion_ids[:-1]], device=self.device)
-        return self.table[before], self.embed(before) if hidden else None
+    def score_many(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, hidden: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        for i, (prompt, row) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            if row:
+                before = torch.tensor([prompt[-1], *row[:-1]], device=self.device)
+                yield i, self.table[before], self.embed(before) if hidden else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(tokens, self.vocab_size).float()

@@ -38,7 +38,7 @@ class PromptSampler:
                 what = f"prompts with {balance} {key!r}" if balance else "prompts"
                 raise DataError(
                     f"a draw needs {share} {what}, there are {len(stratum)}; lower grpo.prompts_per_step or "
-                    "label.train_prompts"
+                    "generate.train_prompts"
                 )
         self.seed = seed
 

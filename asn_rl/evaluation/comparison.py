@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from asn_rl.evaluation.statistics import Interval, bootstrap, masked_mean, split_by_stratum, stratified_mean
+from asn_rl.ops.ngrams import distinct_n
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rewards.compose import RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
@@ -60,21 +61,14 @@ def run_arm(
 
 def arm_result(name: str, trajectories: Trajectories, rewards: RewardSuite, samples: int) -> ArmResult:
     """Score the completions of one arm."""
+    words = [completion.split() for completion in trajectories.completions]
     return ArmResult(
         name=name,
         rewards=score(rewards, trajectories).total.numpy().reshape(-1, samples),
         tokens=trajectories.lengths.numpy().reshape(-1, samples),
         truncated=~trajectories.terminated.numpy().reshape(-1, samples),
-        distinct=np.array(
-            [distinct_n(trajectories.completions[i : i + samples]) for i in range(0, len(trajectories), samples)]
-        ),
+        distinct=np.array([distinct_n(words[i : i + samples]) for i in range(0, len(trajectories), samples)]),
     )
-
-
-def distinct_n(texts: Sequence[str], n: int = 3) -> float:
-    """Distinct word n-grams over all n-grams of the texts (Li et al. 2016, arXiv:1510.03055); 0 without any."""
-    grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def best_static(results: Sequence[ArmResult], strata: Sequence[str]) -> str:

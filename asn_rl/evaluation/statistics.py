@@ -12,6 +12,9 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue
 
+_BATCH = 1_000_000
+"""draws held at a time"""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -40,10 +43,17 @@ def bootstrap(
         raise InvalidValue("level", level, "in (0, 1)")
     generator = np.random.default_rng(seed)
     parts = list(split_by_stratum(values, strata).values())
-    draws = sum(part[generator.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts) / len(parts)
+    draws = sum(_resampled_means(part, resamples, generator) for part in parts) / len(parts)
     mean = float(np.mean([part.mean() for part in parts]))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high))
+
+
+def _resampled_means(part: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """(resamples,) means of draws with replacement; a batch of them at a time, about 16 MiB."""
+    step = max(1, _BATCH // len(part))
+    sizes = [(min(step, resamples - done), len(part)) for done in range(0, resamples, step)]
+    return np.concatenate([part[generator.integers(len(part), size=size)].mean(1) for size in sizes])
 
 
 def stratified_mean(values: np.ndarray, strata: Sequence[str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from math_verify import parse, verify
@@ -22,10 +23,16 @@ def agree(gold: str, answer: str) -> bool | None:
     Raises:
         Exception: from math-verify, or its TimeoutException, when the answer cannot be compared.
     """
-    expected = _parse(gold if _MARKED.search(gold) else f"${gold}$")
+    expected = _parse_gold(gold)
     if not expected:
         return None
     return _any_equal(expected, _parse(answer))
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> Sequence[Any]:
+    """A prompt's gold answer is asked for with each of its completions; LaTeX takes up to 50 ms to parse."""
+    return _parse(gold if _MARKED.search(gold) else f"${gold}$")
 
 
 def _parse(text: str) -> list[Any]:

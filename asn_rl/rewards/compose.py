@@ -31,7 +31,7 @@ class RewardConfig:
     """One reward function and how it counts."""
 
     function: str
-    """short name (numeric_answer, exact_answer, math_answer, length_budget, format_match, distinct_valid) or
+    """short name of `asn_rl.rewards.REWARDS` (numeric_answer, math_answer, ifeval, distinct_valid, ...), or
     module:function"""
     weight: float = 1.0
     """factor of the normalised score in the sum; negative: a penalty"""
@@ -65,6 +65,10 @@ class RewardConfig:
                 f"reward {self.function!r}: time_limit {self.time_limit:g} needs isolation: process, because a "
                 "function that hangs in this process cannot be stopped; set that, or time_limit: null"
             )
+
+    def scores_like(self, other: RewardConfig) -> bool:
+        """Whether raw scores are the same, be they weighted as they may."""
+        return self.function == other.function and self.arguments == other.arguments
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class RewardSuite:
         if not configs:
             raise ConfigError("no reward functions; give at least one, for example [{function: numeric_answer}]")
         self._components = [
-            _Component(name, config) for name, config in zip(_unique_names(configs), configs, strict=True)
+            _Component(name, config) for name, config in zip(unique_names(configs), configs, strict=True)
         ]
 
     def __enter__(self) -> Self:
@@ -134,19 +138,45 @@ class RewardSuite:
         Raises:
             RewardError: a broken contract, or every score of the call is masked.
         """
-        inputs = call_inputs(prompts, completions, completion_ids, terminated)
-        spans = _group_spans([prompt.id for prompt in prompts])
-        counts: Counter[str] = Counter()
-        scores: dict[str, Tensor] = {}
-        reasons: dict[str, str] = {}
-        for component in self._components:
-            values, reasons[component.name] = component.scores(inputs, counts)
-            scores[component.name] = _as_tensor(values)
+        found, counts, reasons = self._scores(prompts, completions, completion_ids, terminated)
+        scores = {name: _as_tensor(values) for name, values in found.items()}
         if all(bool(part.isnan().all()) for part in scores.values()):
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise RewardError(f"every score of this call is masked, there is nothing to learn from. {why}")
-        weighted = [c.config.weight * normalised(scores[c.name], c.config.normalize, spans) for c in self._components]
-        return RewardResult(_sum_applicable(weighted), scores, dict(counts))
+        configs = [component.config for component in self._components]
+        total = combined(configs, list(scores.values()), [prompt.id for prompt in prompts])
+        return RewardResult(total, scores, dict(counts))
+
+    def scores(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int] | None],
+        *,
+        terminated: Sequence[bool],
+    ) -> tuple[dict[str, list[float | None]], dict[str, int]]:
+        """Raw scores of B completions by component, None where masked, and the events counted meanwhile.
+
+        What `__call__` does before it normalises and adds up; here a call may be masked as a whole.
+        """
+        values, counts, _ = self._scores(prompts, completions, completion_ids, terminated)
+        return values, dict(counts)
+
+    def _scores(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int] | None],
+        terminated: Sequence[bool],
+    ) -> tuple[dict[str, list[float | None]], Counter[str], dict[str, str]]:
+        """Scores by component, counts, and in words why a component has none."""
+        inputs = call_inputs(prompts, completions, completion_ids, terminated)
+        counts: Counter[str] = Counter()
+        values: dict[str, list[float | None]] = {}
+        reasons: dict[str, str] = {}
+        for component in self._components:
+            values[component.name], reasons[component.name] = component.scores(inputs, counts)
+        return values, counts, reasons
 
 
 def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
@@ -237,7 +267,7 @@ class _Component:
 def call_inputs(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int] | None],
     terminated: Sequence[bool],
 ) -> Inputs:
     """Keyword arguments for reward functions, as TRL passes them, with `terminated` and `prompt_id`.
@@ -264,7 +294,7 @@ def call_inputs(
             text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ],
-        "completion_ids": [list(ids) for ids in completion_ids],
+        "completion_ids": [None if ids is None else list(ids) for ids in completion_ids],
         **{name: [prompt.columns.get(name) for prompt in prompts] for name in names},
         **own,
     }
@@ -280,6 +310,17 @@ def normalised(scores: Tensor, how: Normalize, spans: Sequence[tuple[int, int]])
     parts = spans if how == "group" else [(0, len(scores))]
     scaled = torch.cat([group_advantages(scores[None, low:high])[0] for low, high in parts])
     return torch.where(scores.isnan(), torch.nan, scaled)
+
+
+def combined(configs: Sequence[RewardConfig], scores: Sequence[Tensor], prompt_ids: Sequence[str]) -> Tensor:
+    """(B,) weighted sum of the normalised (B,) scores of each function; NaN where none applies.
+
+    Args:
+        prompt_ids: B ids; equal neighbours are a group.
+    """
+    spans = _group_spans(prompt_ids)
+    pairs = zip(configs, scores, strict=True)
+    return _sum_applicable([config.weight * normalised(part, config.normalize, spans) for config, part in pairs])
 
 
 def _sum_applicable(parts: Sequence[Tensor]) -> Tensor:
@@ -314,7 +355,8 @@ def _pool(name: str, target: str, config: RewardConfig) -> WorkerPool:
     return WorkerPool(loader, arguments, time_limit=config.time_limit, name=name)
 
 
-def _unique_names(configs: Sequence[RewardConfig]) -> list[str]:
+def unique_names(configs: Sequence[RewardConfig]) -> list[str]:
+    """What results call each function: its name, then name#2 and so on."""
     seen: Counter[str] = Counter()
     names = []
     for config in configs:

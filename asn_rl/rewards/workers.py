@@ -32,6 +32,13 @@ START_LIMIT_S = 300.0
 """seconds a worker may take to import its function; not counted against an item's time limit"""
 GRACE_S = 1.0
 """seconds between the caller's end and that of a busy worker"""
+AHEAD_S, AHEAD_ITEMS = 0.05, 32
+"""a worker is given items for so many seconds in advance: on a busy machine, waiting to be woken for each item takes
+longer than a short item itself"""
+
+
+Task = tuple[int, Mapping[str, Any]]
+"""(place among the results, item)"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class WorkerPool:
             self._recruit(1)
             try:
                 while any(worker.state == "starting" for worker in self._workers):
-                    self._collect([])
+                    self._collect([], deque())
             except BaseException:
                 self._dismiss([worker for worker in self._workers if worker.state == "starting"])
                 raise
@@ -121,10 +128,8 @@ class WorkerPool:
             try:
                 while todo or self._busy():
                     self._recruit(len(todo) + len(self._busy()))
-                    for worker in self._workers:
-                        if worker.state == "idle" and todo:
-                            worker.give(*todo.popleft(), self.time_limit)
-                    self._collect(results)
+                    self._hand_out(todo)
+                    self._collect(results, todo)
             except BaseException:
                 # Ctrl-C, an alarm: the answers under way must not be taken for those of the next call.
                 self._dismiss(self._busy())
@@ -133,6 +138,13 @@ class WorkerPool:
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.state == "busy"]
+
+    def _hand_out(self, todo: deque[Task]) -> None:
+        while todo:
+            hungry = [worker for worker in self._workers if len(worker.tasks) < worker.appetite]
+            if not hungry:
+                return
+            min(hungry, key=lambda worker: len(worker.tasks)).give(todo.popleft(), self.time_limit)
 
     def _recruit(self, wanted: int) -> None:
         while len(self._workers) < min(self.size, wanted):
@@ -143,22 +155,23 @@ class WorkerPool:
             self._workers.remove(worker)
             worker.kill()
 
-    def _collect(self, results: list[Any]) -> None:
-        """Wait for answers, deaths and deadlines; note what they say."""
+    def _collect(self, results: list[Any], todo: deque[Task]) -> None:
+        """Wait for answers, deaths and deadlines; note what they say. What a lost worker had not begun goes back."""
         active = [worker for worker in self._workers if worker.state != "idle"]
         next_deadline = min(worker.deadline for worker in active)
         patience = None if next_deadline == float("inf") else max(0.0, next_deadline - time.monotonic())
         ready = wait([worker.connection for worker in active], patience)
         for worker in active:
             if worker.connection in ready:
-                self._receive(worker, results)
+                self._receive(worker, results, todo)
             elif time.monotonic() >= worker.deadline:
                 self._dismiss([worker])
                 if worker.state == "starting":
                     raise RewardError(f"worker for {self.name!r} was not ready within {START_LIMIT_S:g} s")
-                results[worker.index] = Failure("timeout", f"no answer within {self.time_limit:g} s")
+                results[worker.tasks.popleft()[0]] = Failure("timeout", f"no answer within {self.time_limit:g} s")
+                todo.extendleft(reversed(worker.tasks))
 
-    def _receive(self, worker: _Worker, results: list[Any]) -> None:
+    def _receive(self, worker: _Worker, results: list[Any], todo: deque[Task]) -> None:
         try:
             verdict, value = worker.connection.recv()
         except (EOFError, OSError):
@@ -166,7 +179,8 @@ class WorkerPool:
             detail = f"its worker process ended with {worker.exit_status()}"
             if worker.state == "starting":
                 raise RewardError(f"worker for {self.name!r}: {detail} while importing it") from None
-            results[worker.index] = Failure("died", detail)
+            results[worker.tasks.popleft()[0]] = Failure("died", detail)
+            todo.extendleft(reversed(worker.tasks))
             return
         except Exception as error:  # an answer of a class that this process cannot import
             verdict, value = "error", f"answer cannot be read: {describe(error)}"
@@ -175,8 +189,8 @@ class WorkerPool:
                 self._dismiss([worker])
                 raise RewardError(f"worker for {self.name!r} could not start: {value}")
         else:
-            results[worker.index] = value if verdict == "ok" else Failure(verdict, value)
-        worker.state, worker.deadline = "idle", float("inf")
+            results[worker.tasks[0][0]] = value if verdict == "ok" else Failure(verdict, value)
+        worker.answered(self.time_limit)
 
     def _abandon_after_fork(self) -> None:
         # A forked child shares the parent's sockets: it would read the parent's answers.
@@ -198,7 +212,11 @@ class _Worker:
 
     def __init__(self, target: str, arguments: Mapping[str, Any] | None) -> None:
         self.state: Literal["starting", "idle", "busy"] = "starting"
-        self.index = -1
+        self.tasks: deque[Task] = deque()
+        """in hand; the first is being worked on"""
+        self.pace: float | None = None
+        """seconds an item takes, a running mean"""
+        self.begun = time.monotonic()
         self.deadline = time.monotonic() + START_LIMIT_S
         self.connection, theirs = Pipe()
         with theirs:
@@ -212,10 +230,33 @@ class _Worker:
             )
         self._send((target, arguments), "arguments")
 
-    def give(self, index: int, item: Mapping[str, Any], time_limit: float | None) -> None:
-        self.state, self.index = "busy", index
-        self.deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
-        self._send(item, "item")
+    @property
+    def appetite(self) -> int:
+        """Items it should have in hand: one, and as many as it does in a moment."""
+        if self.state == "starting":
+            return 0
+        return 1 if self.pace is None else 1 + min(AHEAD_ITEMS, int(AHEAD_S / max(self.pace, 1e-6)))
+
+    def give(self, task: Task, time_limit: float | None) -> None:
+        self.tasks.append(task)
+        if len(self.tasks) == 1:
+            self._begin(time_limit)
+        self._send(task[1], "item")
+
+    def answered(self, time_limit: float | None) -> None:
+        """Ready for the first task, or done with one: the next, if it has one, begins now."""
+        if self.tasks:
+            self.tasks.popleft()
+            took = time.monotonic() - self.begun
+            self.pace = took if self.pace is None else 0.8 * self.pace + 0.2 * took
+        if self.tasks:
+            self._begin(time_limit)
+        else:
+            self.state, self.deadline = "idle", float("inf")
+
+    def _begin(self, time_limit: float | None) -> None:
+        self.state, self.begun = "busy", time.monotonic()
+        self.deadline = float("inf") if time_limit is None else self.begun + time_limit
 
     def _send(self, value: Any, what: str) -> None:
         try:

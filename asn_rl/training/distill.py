@@ -56,22 +56,30 @@ class DistillConfig:
             raise InvalidValue("holdout", self.holdout, "in [0, 1)")
 
 
-def sketch_targets(heuristics: Sequence[Policy], choice: Sequence[int], trajectories: Trajectories) -> Tensor:
-    """(S, N) target log-probs: completion b is labelled by `heuristics[choice[b]]`, on its stored sketches.
+def sketch_targets(heuristics: Sequence[Policy], weights: Tensor, trajectories: Trajectories) -> Tensor:
+    """(S, N) target log-probs on the stored sketches: the mixture of heuristics with the weights of each completion.
+
+    Args:
+        weights: (B, A) shares of the A heuristics, rows sum to 1; a hard choice is one-hot.
 
     Raises:
+        InvalidValue: not a distribution over the heuristics for each completion.
         DataError: a heuristic is stateful; its targets must be recorded while it runs.
     """
-    targets = torch.empty_like(trajectories.observations.sketch.log_mass)
-    chosen = torch.as_tensor(choice)[trajectories.rows]
+    shape = (len(trajectories), len(heuristics))
+    if weights.shape != shape or not bool(((weights.sum(-1) - 1).abs() < 1e-4).all()) or bool((weights < 0).any()):
+        raise InvalidValue("weights", tuple(weights.shape), f"shares of shape {shape} that sum to 1 in each row")
+    share = weights[trajectories.rows]
+    mass = torch.zeros_like(trajectories.observations.sketch.log_mass, dtype=torch.float64)
     for i, heuristic in enumerate(heuristics):
-        which = (chosen == i).nonzero().squeeze(-1)
+        which = share[:, i].nonzero().squeeze(-1)
         if not len(which):
             continue
         if heuristic.initial_state(1, torch.device("cpu")) is not None:
             raise DataError(f"heuristic {i} is stateful; its targets depend on the whole rollout. Leave it out")
-        targets[which] = recorded_logprobs(heuristic, trajectories.per_token(which))
-    return targets
+        probs = recorded_logprobs(heuristic, trajectories.per_token(which)).double().exp()
+        mass.index_add_(0, which, share[which, i, None] * probs)
+    return mass.log().float()
 
 
 def full_logits_target(heuristic: Policy) -> Probe:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from asn_rl.backends import BACKENDS, BackendConfig, load_backend
+from asn_rl.backends import BACKENDS, BackendConfig, shared_backend
 from asn_rl.config import from_dict
 from asn_rl.data.jsonl import as_prompt
 from asn_rl.errors import DataError, InvalidValue, UnknownName
@@ -37,15 +36,10 @@ def as_backend(source: BackendSource) -> LogitsBackend:
     if isinstance(source, Mapping):
         source = from_dict(BackendConfig, source, "backend")
     if isinstance(source, BackendConfig):
-        return _shared_backend(source)
+        return shared_backend(source)
     if not hasattr(source, "start"):
         raise InvalidValue("backend", source, "a backend, a BackendConfig, a dict of its fields, or a string")
     return source
-
-
-@lru_cache(maxsize=2)
-def _shared_backend(config: BackendConfig) -> LogitsBackend:
-    return load_backend(config)
 
 
 def as_reward(source: RewardSource) -> RewardFunction:

@@ -12,7 +12,7 @@ from asn_envs.generation import Generation
 from asn_envs.sources import BackendSource, PromptsSource, RewardSource, as_backend, as_prompts, as_reward, find_prompt
 from asn_rl.errors import UnknownName
 from asn_rl.protocols import LogitsBackend, RewardFunction
-from asn_rl.rollout import RolloutConfig, checked_ids
+from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.types import Prompt
 
 DEFAULT_BACKEND = "smollm2-135m-instruct"
@@ -37,7 +37,7 @@ class Task:
             UnknownName, ConfigError, InvalidValue, BackendError: what a name stands for cannot be found or used.
         """
         rows, function, model = as_prompts(prompts), as_reward(reward), as_backend(backend)
-        ids = [checked_ids(model, prompt, limits.max_new_tokens) for prompt in rows]
+        ids = encoded_prompts(model, rows, limits.max_new_tokens)
         return cls(model, function, limits, rows, ids, {prompt.id: i for i, prompt in enumerate(rows)})
 
     def choose_prompt(self, rng: np.random.Generator, prompt_id: str | None) -> int:

@@ -31,7 +31,7 @@ JOB = {
         {"name": "T=1"},
         {"name": "top_k=2", "processors": [{"name": "top_k", "params": {"top_k": 2}}]},
     ],
-    "label": {"num_generations": 4},
+    "generate": {"num_generations": 4},
     "distill": {"epochs": 3},
     "grpo": {"steps": 6, "prompts_per_step": 4, "num_generations": 4, "save_every": 2},
     "compare": {"num_generations": 4, "resamples": 500},
@@ -84,7 +84,8 @@ def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Comm
     done = asn_rl(*job("run"))
     assert done.status == 0, done.stderr
     run = folder / "run"
-    for name in ("config.yaml", "command.txt", "labels.json", "distilled", "policy", "comparison.json", "report.html"):
+    made = "config.yaml command.txt prompts.jsonl selection.json labelling.html comparison.json report.html"
+    for name in (*made.split(), "selected/selected.jsonl", "distilled", "policy"):
         assert (run / name).exists(), name
     comparison = json.loads((run / "comparison.json").read_text())
     arms = [row["name"] for row in comparison["rows"]]
@@ -101,27 +102,46 @@ def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Comm
 
 def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> None:
     assert asn_rl(*job("run", "whole")).status == 0
-    for verb in ("label", "distill", "grpo", "compare"):
+    for verb in ("generate", "verify", "label", "select", "distill", "grpo", "compare"):
         assert asn_rl(*job(verb, "parts")).status == 0
-    for name in ("labels.json", "comparison.json", "policy/model.safetensors"):
+    for name in ("selection.json", "selected/targets.jsonl", "comparison.json", "policy/model.safetensors"):
         assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes(), name
+
+
+def test_verify_tells_by_its_status_and_mends_what_is_missing(folder: Path, asn_rl: Command) -> None:
+    assert asn_rl(*job("generate")).status == 0
+    assert asn_rl(*job("verify")).status == 0
+    shard = folder / "run" / "candidates" / "train" / "shard-00000.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    shard.write_text("".join(lines[:-2]) + lines[-1][:20])  # one cell lost, the last line torn
+    found = asn_rl(*job("verify"))
+    assert found.status == 1
+    assert found.stdout.count("missing: prompt") == 2
+    assert asn_rl(*job("verify"), "--fix").status == 0
+    assert len(list(shard.parent.glob("shard-*.jsonl"))) == 2
+    record = json.loads(lines[0]) | {"completion": "another"}
+    (shard.parent / "shard-00002.jsonl").write_text(json.dumps(record) + "\n")
+    assert "has another text" in asn_rl(*job("verify")).stdout
+    refused = asn_rl(*job("label"))
+    assert refused.status == 2
+    assert "Remove the wrong lines" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (job("label", "run", "grpo.stpes=3"), "unknown key 'stpes' in 'grpo'; did you mean 'steps'?"),
-        (job("label", "run", "rollout.max_new_tokens=0"), "max_new_tokens must be >= 1"),
-        (job("label", "run", "backend.kind=tyo"), "Did you mean 'toy'"),
-        (job("label", "run", "rewards=[]"), "rewards is empty"),
-        (job("label", "run", "data.arguments.path=none.jsonl"), "cannot read none.jsonl"),
-        (job("label", "run", "heuristics=[{name: a}, {name: a}]"), "names that differ"),
-        (["label", "--config", "none.yaml", "--run", "run"], "none.yaml"),
+        (job("generate", "run", "grpo.stpes=3"), "unknown key 'stpes' in 'grpo'; did you mean 'steps'?"),
+        (job("generate", "run", "rollout.max_new_tokens=0"), "max_new_tokens must be >= 1"),
+        (job("generate", "run", "backend.kind=tyo"), "Did you mean 'toy'"),
+        (job("generate", "run", "rewards=[]"), "rewards is empty"),
+        (job("generate", "run", "data.arguments.path=none.jsonl"), "cannot read none.jsonl"),
+        (job("generate", "run", "heuristics=[{name: a}, {name: a}]"), "names that differ"),
+        (["generate", "--config", "none.yaml", "--run", "run"], "none.yaml"),
         (job("grpo", "run", "init=nowhere"), "nowhere holds no policy"),
-        (job("label", "run", "heuristics=[{name: ../a}]"), "heuristic name must be letters"),
-        (job("label", "run", "compare.stratify_by=task"), "lacks the column 'task'"),
+        (job("generate", "run", "heuristics=[{name: ../a}]"), "heuristic name must be letters"),
+        (job("generate", "run", "compare.stratify_by=task"), "lacks the column 'task'"),
         (
-            job("label", "run", "heuristics=[{name: m, processors: [{name: mirostat, params: {tau: 2}}]}]"),
+            job("generate", "run", "heuristics=[{name: m, processors: [{name: mirostat, params: {tau: 2}}]}]"),
             "carries state",
         ),
     ],
@@ -211,7 +231,25 @@ def test_a_module_in_the_working_folder_is_a_plug_in(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["run", "label", "distill", "grpo", "compare", "report", "keys", "grid", "model"])
+VERBS = [
+    "run",
+    "generate",
+    "verify",
+    "label",
+    "select",
+    "distill",
+    "grpo",
+    "compare",
+    "report",
+    "keys",
+    "grid",
+    "model",
+    "train-reward-model",
+    "index-corpus",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
@@ -223,7 +261,7 @@ def test_all_settings_are_listed_with_their_meaning(folder: Path, asn_rl: Comman
     done = asn_rl("keys")
     assert done.status == 0
     lines = done.stdout.splitlines()
-    for key in ("grpo.beta", "rollout.max_new_tokens", "backend.model", "label.train_prompts", "compare.level"):
+    for key in ("grpo.beta", "rollout.max_new_tokens", "backend.model", "generate.train_prompts", "compare.level"):
         (number,) = [i for i, line in enumerate(lines) if line.strip().startswith(f"{key}=")]
         assert len(lines[number + 1].strip()) > 10, f"{key} is not explained"
 

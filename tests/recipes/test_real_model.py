@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,10 +16,14 @@ from asn_rl.backends.hf import HFBackend
 from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.config import load_config
 from asn_rl.data.store import load_trajectories
-from asn_rl.job import Job, JobConfig, compare, distil, label, reinforce
+from asn_rl.job import Job, JobConfig, compare, distil, reinforce, select
+from asn_rl.job.labelling import store
+from asn_rl.labelling.labels import read_labels
+from asn_rl.labelling.selected import read_targets
 from asn_rl.metrics import read_metrics
 from asn_rl.replay import replay
-from asn_rl.rollout import RolloutConfig
+from asn_rl.rewards.compose import score
+from asn_rl.rollout import RolloutConfig, rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -27,8 +32,8 @@ SMALL = [
     "rollout.max_new_tokens=10",
     "rollout.max_batch=16",
     "heuristics=[{name: greedy, processors: [{name: greedy}]}, {name: T=1}]",
-    "label.num_generations=2",
-    "label.train_prompts=4",
+    "generate.num_generations=2",
+    "generate.train_prompts=4",
     "distill.epochs=2",
     "grpo.steps=2",
     "grpo.prompts_per_step=4",
@@ -50,12 +55,24 @@ def job(smollm: HFBackend, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def test_the_labels_name_a_winner_for_every_labelled_prompt(job: Job) -> None:
-    labels = label(job)
-    assert list(labels["choices"]) == [prompt.id for prompt in job.prompts_to_label("train")]
-    assert len(labels["choices"]) == 4
-    assert set(labels["choices"].values()) <= {"greedy", "T=1"}
-    assert set(labels["selection"]["greedy"]) == {"arithmetic", "open"}
+def test_selection_names_a_target_for_every_labelled_prompt(job: Job) -> None:
+    selection, targets = select(job), read_targets(job.run / "selected")
+    assert list(targets) == [prompt.id for prompt in job.prompts_to_label("train")]
+    assert len(targets) == 4
+    assert {name for shares in targets.values() for name in shares} <= {"greedy", "T=1"}
+    assert set(selection["selection"]["greedy"]) == {"arithmetic", "open"}
+
+
+def test_labels_of_candidates_are_the_rewards_of_the_same_rollout(job: Job) -> None:
+    """The two paths of one implementation, on the real model: rollout -> reward, and candidate -> label."""
+    candidates = store(job, "train")
+    prompts = [prompt for prompt in job.prompts_to_label("train") for _ in candidates.grid.seeds]
+    config, seeds = job.config.rollout, list(candidates.grid.seeds) * 4
+    run = rollout(job.arms[1].policy, job.backend, prompts, config, seed=seeds)
+    direct = score(job.rewards, run)
+    for name, expected in direct.components.items():
+        labels = read_labels(job.run / "labels" / "train" / name, name, candidates.grid)
+        np.testing.assert_array_equal(labels.scores[:, 1].reshape(-1), expected.numpy())
 
 
 def test_greedy_completions_of_a_prompt_are_alike_and_short_answers(job: Job) -> None:
@@ -105,7 +122,7 @@ def test_the_run_can_be_repeated_from_its_folder(job: Job, tmp_path: Path) -> No
     config = load_config(JobConfig, job.run / "config.yaml")
     assert config == job.config
     again = Job(replace(config, heuristics=config.heuristics), tmp_path / "again")
-    label(again)
-    first, second = (json.loads((j.run / "labels.json").read_text()) for j in (job, again))
+    select(again)
+    first, second = (json.loads((j.run / "selection.json").read_text()) for j in (job, again))
     assert first == second
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["grpo"]["steps"] == 2

@@ -8,7 +8,8 @@ import pytest
 
 from asn_policies import Pipeline
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.evaluation.comparison import Arm, ArmResult, arm_result, best_static, by_stratum, distinct_n, run_arm, table
+from asn_rl.evaluation.comparison import Arm, ArmResult, arm_result, best_static, by_stratum, run_arm, table
+from asn_rl.ops.ngrams import distinct_n
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Prompt
@@ -27,23 +28,6 @@ def result(name: str, rewards: list[list[float]], **values: Any) -> ArmResult:
         "distinct": np.ones(len(array)),
     }
     return ArmResult(name, array, **{**defaults, **values})
-
-
-@pytest.mark.parametrize(
-    ("texts", "n", "expected"),
-    [
-        (["a b c d"], 3, 1.0),
-        (["a b c", "a b c"], 3, 0.5),
-        (["a b a b a"], 2, 2 / 4),
-        (["a b c", "b c d", "a b c d"], 3, 2 / 4),
-        (["a  b\nc"], 3, 1.0),
-        (["a b", "c", ""], 3, 0.0),
-        ([], 3, 0.0),
-        (["a b", "c"], 1, 1.0),
-    ],
-)
-def test_distinct_n_by_hand(texts: list[str], n: int, expected: float):
-    assert distinct_n(texts, n) == expected
 
 
 def test_a_deterministic_arm_is_generated_once_and_counted_as_all_its_samples(toy: ToyBackend):
@@ -69,7 +53,7 @@ def test_judging_gives_one_row_a_prompt(toy: ToyBackend):
     assert judged.rewards.tolist() == [[float(len(text)) for text in row] for row in texts]
     assert judged.tokens.tolist() == run.lengths.reshape(3, 4).tolist()
     assert judged.truncated.tolist() == (~run.terminated).reshape(3, 4).tolist()
-    assert judged.distinct.tolist() == [distinct_n(row) for row in texts]
+    assert judged.distinct.tolist() == [distinct_n([text.split() for text in row]) for row in texts]
 
 
 def test_masked_samples_count_in_no_mean():

@@ -58,7 +58,7 @@ RULES = {
 def test_each_classical_rule_is_learned_from_few_states(name: str) -> None:
     """The features make every rule a line: KL falls to a small part of what the base model starts with."""
     trajectories, target = visited(), RULES[name]
-    targets = sketch_targets([target], [0] * len(trajectories), trajectories)
+    targets = sketch_targets([target], torch.ones(len(trajectories), 1), trajectories)
     start, leak = (part.mean() for part in truncated_kl(targets, trajectories.observations.sketch.log_mass, 1.0))
     figures = distill(small(), trajectories, targets, FAST)
     assert figures["eval/distill_kl"] < 0.2 * float(start)
@@ -70,7 +70,7 @@ def test_a_choice_by_prompt_is_learned_as_conditioning() -> None:
     choice = [i // 4 % 2 for i in range(len(trajectories))]
     conditioned = trajectories.with_condition(nn.functional.one_hot(torch.tensor(choice), 2).float())
     rules = [rule("temperature", temperature=0.4), rule("temperature", temperature=2.0)]
-    targets = sketch_targets(rules, choice, conditioned)
+    targets = sketch_targets(rules, nn.functional.one_hot(torch.tensor(choice), 2).float(), conditioned)
     told = distill(small(inputs=["condition"], condition_size=2), conditioned, targets, FAST)
     untold = distill(small(), conditioned, targets, FAST)
     assert told["eval/distill_kl"] < 0.2 * untold["eval/distill_kl"]
@@ -80,7 +80,7 @@ def test_sketch_targets_are_what_each_heuristic_answers() -> None:
     trajectories = visited()
     rules = [rule("top_p", top_p=0.7), rule("temperature", temperature=0.5)]
     choice = [i % 2 for i in range(len(trajectories))]
-    targets = sketch_targets(rules, choice, trajectories)
+    targets = sketch_targets(rules, nn.functional.one_hot(torch.tensor(choice), 2).float(), trajectories)
     for i, heuristic in enumerate(rules):
         which = (torch.tensor(choice)[trajectories.rows] == i).nonzero().squeeze(-1)
         assert torch.equal(targets[which], heuristic(trajectories.per_token(which)).logprobs)
@@ -111,7 +111,7 @@ def test_full_logits_and_sketch_targets_agree_where_no_rule_cuts_in_the_tail(smo
         Pipeline([]), smollm, [Prompt("a", "What is 3 + 4?")], RolloutConfig(max_new_tokens=6), num_generations=2,
         probes={"target": full_logits_target(heuristic)},
     )  # fmt: skip
-    on_sketch = sketch_targets([heuristic], [0, 0], out).exp()
+    on_sketch = sketch_targets([heuristic], torch.ones(2, 1), out).exp()
     torch.testing.assert_close(out.extras["target"].exp(), on_sketch, atol=1e-5, rtol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_distillation_on_the_real_model_moves_towards_the_rule(smollm: HFBackend
     prompts = [Prompt(f"p{i}", f"Name {thing}.") for i, thing in enumerate(("a bird", "a city", "a color", "a sport"))]
     out = rollout(Pipeline([]), smollm, prompts, RolloutConfig(max_new_tokens=8), num_generations=4)
     heuristic = rule("min_p", min_p=0.1)
-    targets = sketch_targets([heuristic], [0] * len(out), out)
+    targets = sketch_targets([heuristic], torch.ones(len(out), 1), out)
     before = truncated_kl(targets, out.observations.sketch.log_mass, 1.0)[0].mean()
     figures = distill(small(), out, targets, replace(FAST, minibatch_tokens=64, holdout=0.25))
     assert figures["eval/distill_kl"] < 0.3 * float(before)
@@ -127,7 +127,7 @@ def test_distillation_on_the_real_model_moves_towards_the_rule(smollm: HFBackend
 
 def test_same_seed_same_weights() -> None:
     trajectories = visited()
-    targets = sketch_targets([RULES["top-p"]], [0] * len(trajectories), trajectories)
+    targets = sketch_targets([RULES["top-p"]], torch.ones(len(trajectories), 1), trajectories)
     first, second = small(), small()
     for policy in (first, second):
         distill(policy, trajectories, targets, replace(FAST, epochs=2))
@@ -137,8 +137,9 @@ def test_same_seed_same_weights() -> None:
 def test_tokens_of_weight_zero_do_not_teach() -> None:
     trajectories = visited()
     half = torch.arange(len(trajectories.points)) % 2
-    targets = sketch_targets([RULES["temperature, cold"]], [0] * len(trajectories), trajectories)
-    targets[half == 0] = sketch_targets([RULES["temperature, hot"]], [0] * len(trajectories), trajectories)[half == 0]
+    targets = sketch_targets([RULES["temperature, cold"]], torch.ones(len(trajectories), 1), trajectories)
+    hot = sketch_targets([RULES["temperature, hot"]], torch.ones(len(trajectories), 1), trajectories)
+    targets[half == 0] = hot[half == 0]
     policy = small()
     distill(policy, trajectories, targets, replace(FAST, holdout=0.0), weights=half.float())
     obs = trajectories.per_token((half == 1).nonzero().squeeze(-1))
@@ -147,11 +148,26 @@ def test_tokens_of_weight_zero_do_not_teach() -> None:
     assert float(divergence.mean()) < 0.02
 
 
+def test_a_mixture_is_that_of_the_probabilities_over_the_vocabulary() -> None:
+    trajectories = visited()
+    rules = [RULES["temperature, cold"], RULES["top-k"], RULES["temperature, hot"]]
+    weights = torch.rand(len(trajectories), 3, generator=torch.Generator().manual_seed(1))
+    weights[:, 1] *= torch.arange(len(trajectories)) % 2  # some leave one out
+    weights /= weights.sum(-1, keepdim=True)
+    mixed = sketch_targets(rules, weights, trajectories).exp()
+    parts = [rule(trajectories.per_token()).logprobs.exp() for rule in rules]
+    expected = sum(weights[trajectories.rows, i, None] * part for i, part in enumerate(parts))
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InvalidValue, match="sum to 1"):
+        sketch_targets(rules, 2 * weights, trajectories)
+
+
 def test_no_prompt_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
     """A policy that can memorise prompts shows it: its held-out loss stays above its training loss."""
     trajectories = visited(capture=("prompt_embedding",))
-    targets = sketch_targets([rule("temperature", temperature=t) for t in (0.3, 3.0)],
-                             [int(p.id[1:]) * 7 % 5 % 2 for p in trajectories.prompts], trajectories)  # fmt: skip
+    choice = torch.tensor([int(p.id[1:]) * 7 % 5 % 2 for p in trajectories.prompts])
+    rules = [rule("temperature", temperature=t) for t in (0.3, 3.0)]
+    targets = sketch_targets(rules, nn.functional.one_hot(choice, 2).float(), trajectories)
     policy = small(inputs=["prompt_embedding"], hidden_size=32)
     with MetricsLogger(tmp_path) as log:
         distill(policy, trajectories, targets, replace(FAST, holdout=0.3), log=log)
@@ -171,7 +187,7 @@ class Frozen(PolicyModule):
 class TestRefusals:
     def test_a_policy_without_gradient_fails(self) -> None:
         trajectories = visited()
-        targets = sketch_targets([RULES["top-k"]], [0] * len(trajectories), trajectories)
+        targets = sketch_targets([RULES["top-k"]], torch.ones(len(trajectories), 1), trajectories)
         with pytest.raises((TrainingError, RuntimeError), match=r"gradient|does not require grad"):
             distill(Frozen(), trajectories, targets, FAST)
 
@@ -183,7 +199,7 @@ class TestRefusals:
     def test_stateful_heuristics_have_no_targets(self) -> None:
         trajectories = visited()
         with pytest.raises(DataError, match="is stateful"):
-            sketch_targets([rule("mirostat", tau=2.0)], [0] * len(trajectories), trajectories)
+            sketch_targets([rule("mirostat", tau=2.0)], torch.ones(len(trajectories), 1), trajectories)
 
     def test_targets_of_another_shape(self) -> None:
         trajectories = visited()

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asn_rl.errors import AsnError, ConfigError, InvalidValue, RewardError, UnknownName
-from asn_rl.rewards import RewardConfig, RewardResult, RewardSuite
-from asn_rl.rewards.compose import call_inputs, normalised
+from asn_rl.rewards.compose import RewardConfig, RewardResult, RewardSuite, call_inputs, normalised
 from asn_rl.types import Prompt
 
 HELPERS = "slow_rewards"

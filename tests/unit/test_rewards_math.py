@@ -65,6 +65,9 @@ def test_gold_that_is_no_mathematics(verifier: MathVerifier) -> None:
         "2**(-1000000)",
         "(" * 400 + "1" + ")" * 400,
         "\\boxed{" + "{ " * 400,
+        "\\frac{1}{" * 60 + "3" + "}" * 60,
+        "$((9!)!)!$",
+        "$(29!)!$",
     ],
 )
 def test_astronomic_texts_are_masked_and_counted(verifier: MathVerifier, text: str) -> None:
@@ -73,7 +76,22 @@ def test_astronomic_texts_are_masked_and_counted(verifier: MathVerifier, text: s
     assert verifier.counts == {"astronomic": 2}
 
 
-@pytest.mark.parametrize("text", ["2^{10}", "(z^5)^{17}", "2^3^2", "5!", "1000000", "f(g(h(x)))", "Great!!!", "10^5"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2^{10}",
+        "(z^5)^{17}",
+        "2^3^2",
+        "5!",
+        "1000000",
+        "f(g(h(x)))",
+        "Great!!!",
+        "10^5",
+        "(3!)!",
+        "It's 42!!!",
+        "[" * 15,
+    ],
+)
 def test_ordinary_texts_are_not_astronomic(text: str) -> None:
     assert not is_astronomic(text)
 

@@ -72,6 +72,28 @@ def test_dead_worker_is_replaced() -> None:
         assert pool.map(items(4, die=2)) == [4]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_items_given_in_advance_outlive_their_worker(size: int) -> None:
+    with WorkerPool(f"{HELPERS}:hang_on", time_limit=1, workers=size) as pool:
+        assert pool.map(items(*range(200), hang=-1)) == list(range(200))
+        results = pool.map(items(*range(200), hang=100))
+        assert results == [*range(100), Failure("timeout", "no answer within 1 s"), *range(101, 200)]
+    with WorkerPool(f"{HELPERS}:die_on", workers=size) as pool:
+        pool.map(items(*range(200), die=-1))
+        results = pool.map(items(*range(200), die=100))
+        assert [x if isinstance(x, int) else x.reason for x in results] == [*range(100), "died", *range(101, 200)]
+
+
+def test_only_short_items_are_given_in_advance(doubler: WorkerPool) -> None:
+    doubler.map(items(1))
+    worker = doubler._workers[0]
+    paces = [None, 0.0, workers.AHEAD_S / 4, workers.AHEAD_S / 1.5, workers.AHEAD_S * 1.5, 100.0]
+    appetites = []
+    for worker.pace in paces:
+        appetites.append(worker.appetite)
+    assert appetites == [1, 1 + workers.AHEAD_ITEMS, 5, 2, 1, 1]
+
+
 def test_death_by_signal_is_named() -> None:
     with WorkerPool(f"{HELPERS}:kill_itself") as pool:
         assert pool.map([{}]) == [Failure("died", "its worker process ended with signal SIGKILL")]

@@ -1,0 +1,158 @@
+"""Settings of a job: one frozen dataclass a stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asn_rl.backends import BackendConfig
+from asn_rl.backends.server_generation import Kind
+from asn_rl.backends.servers import ServersConfig
+from asn_rl.data import DataConfig
+from asn_rl.errors import ConfigError, InvalidValue, check_at_least
+from asn_rl.labelling.select import SelectConfig
+from asn_rl.rewards.compose import RewardConfig
+from asn_rl.rollout import RolloutConfig
+from asn_rl.training.distill import DistillConfig
+from asn_rl.training.grpo import GRPOConfig
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The policy to train."""
+
+    name: str = "asn_policies:OrderStatisticsNetwork"
+    """policy class as module:attribute"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """constructor arguments; hidden_size is filled in from the base model where the class takes it"""
+
+
+@dataclass(frozen=True)
+class HeuristicSpec:
+    """One static rule of the declared grid."""
+
+    name: str
+    """how tables and plots call it"""
+    processors: list[dict[str, Any]] = field(default_factory=list)
+    """steps {name, params}, in order; none: the base model"""
+
+
+@dataclass(frozen=True)
+class HeuristicGrid:
+    """Static rules made by a function: a list of entries {name, processors}, as `asn-rl grid` writes them."""
+
+    function: str = "asn_policies.heuristics:grid"
+    """module:function"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments, for example {kind: filtered, family: llama}"""
+
+
+@dataclass(frozen=True)
+class GenerationServers:
+    """Inference servers that generate the candidates."""
+
+    pool: ServersConfig
+    """their addresses, and how they are asked"""
+    kind: Kind = "sglang"
+    """what they speak"""
+    model: str | None = None
+    """name under which they serve the base model; needed by openai"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Candidates: every training and selection prompt under every heuristic and seed."""
+
+    num_generations: int = 8
+    """completions of every prompt under every heuristic, each with a seed of its own; rewards that compare a group need
+    the size they are used at"""
+    train_prompts: int | None = None
+    """training prompts to label, drawn at random and alike from every stratum; null: all"""
+    seed: int = 1000
+    """seed of the first completion; the others count on from it"""
+    servers: GenerationServers | None = None
+    """servers of the base model, for example {kind: vllm, pool: {urls: ["http://127.0.0.1:8000"]}}; null: in this
+    process"""
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise InvalidValue("num_generations", self.num_generations, ">= 2", "headroom is measured on split halves")
+        if self.train_prompts is not None and self.train_prompts < 1:
+            raise InvalidValue("train_prompts", self.train_prompts, ">= 1", "null labels all training prompts")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.seed, self.seed + self.num_generations))
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The comparison on held-out prompts."""
+
+    num_generations: int = 8
+    """completions of every prompt under every arm"""
+    stratify_by: str | None = None
+    """prompt column whose values weigh the same in every mean; null: all prompts weigh the same"""
+    resamples: int = 10_000
+    """bootstrap resamples of the prompts"""
+    level: float = 0.95
+    """coverage of the intervals"""
+    seed: int = 2000
+    """keys the draws"""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_generations", "resamples")
+        if not 0 < self.level < 1:
+            raise InvalidValue("level", self.level, "in (0, 1)")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The whole job: generate, label and select candidates, distil, improve by GRPO, compare on held-out prompts."""
+
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: tuple[RewardConfig, ...] = ()
+    """reward functions, {function, weight, ...}"""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicySpec = field(default_factory=PolicySpec)
+    init: str | None = None
+    """policy folder that GRPO starts from; null: what the distillation made"""
+    reference: str | None = None
+    """policy folder that the KL penalty holds to; null: where GRPO starts"""
+    pipeline: str = "asn_policies:Pipeline"
+    """class that makes a policy of a heuristic's processors"""
+    heuristics: tuple[HeuristicSpec, ...] = ()
+    """the declared grid of static rules"""
+    grid: HeuristicGrid | None = None
+    """static rules made by a function, after those of `heuristics`"""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    labellers: tuple[RewardConfig, ...] = ()
+    """what candidates are rated by, {function, weight, ...}; none: the rewards"""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    threads: int | None = None
+    """threads for tensor operations; null: all cores"""
+
+    def __post_init__(self) -> None:
+        check_heuristic_names([heuristic.name for heuristic in self.heuristics])
+        if self.threads is not None and self.threads < 1:
+            raise InvalidValue("threads", self.threads, ">= 1", "null takes all cores")
+        if not self.rewards:
+            raise ConfigError("rewards is empty; give at least one, for example [{function: numeric_answer}]")
+
+
+def check_heuristic_names(names: Sequence[str]) -> None:
+    """`InvalidValue` unless the names differ, are those of no learned policy, and can be those of folders."""
+    for name in names:
+        if not re.fullmatch(r"[\w=.,:+-]+( [\w=.,:+-]+)*", name) or name.startswith("."):
+            raise InvalidValue("heuristic name", name, "letters, digits and = . , : + - with single spaces")
+    if len(set(names)) != len(names):
+        raise InvalidValue("heuristics", list(names), "names that differ")
+    reserved = {"distilled", "rl"} & set(names)
+    if reserved:
+        raise InvalidValue("heuristics", sorted(reserved), "names other than those of the learned policies")

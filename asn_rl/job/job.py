@@ -1,0 +1,123 @@
+"""A configuration, its run folder, and what the stages share. Nothing heavy is loaded before it is used."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asn_rl.backends import load_backend
+from asn_rl.data import load_prompts
+from asn_rl.data.sampler import PromptSampler
+from asn_rl.errors import ConfigError, DataError
+from asn_rl.evaluation.comparison import Arm
+from asn_rl.job.config import HeuristicSpec, JobConfig, check_heuristic_names
+from asn_rl.protocols import LogitsBackend, TrainablePolicy
+from asn_rl.registry import load_attribute
+from asn_rl.rewards.compose import RewardConfig, RewardSuite
+from asn_rl.runs import console, open_run
+from asn_rl.threads import set_threads
+from asn_rl.types import Prompt
+
+GREEDY, BASE = "greedy", "T=1"
+
+
+class Job:
+    """Every stage leaves its result in the run folder and is skipped when that is there, so the same command continues
+    after an interruption. Policies are known by name only."""
+
+    def __init__(self, config: JobConfig, run: str | Path) -> None:
+        self.config = config
+        self.run = open_run(run, config)
+        self.threads = set_threads(config.threads)
+
+    @cached_property
+    def backend(self) -> LogitsBackend:
+        with console.status(f"loading {self.config.backend.model}"):
+            return load_backend(self.config.backend)
+
+    @cached_property
+    def rewards(self) -> RewardSuite:
+        return RewardSuite(self.config.rewards)
+
+    @cached_property
+    def heuristics(self) -> list[HeuristicSpec]:
+        """The declared grid, that of `grid` included.
+
+        Raises:
+            ConfigError: it is empty.
+        """
+        specs, grid = list(self.config.heuristics), self.config.grid
+        if grid is not None:
+            specs += [
+                HeuristicSpec(e["name"], e["processors"]) for e in load_attribute(grid.function)(**grid.arguments)
+            ]
+            check_heuristic_names([spec.name for spec in specs])
+        if not specs:
+            raise ConfigError("heuristics is empty; declare a grid of static rules to distil from and compare with")
+        return specs
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """The heuristics as policies.
+
+        Raises:
+            ConfigError: one carries state, whose targets cannot be distilled.
+        """
+        pipeline = load_attribute(self.config.pipeline)
+        arms = [
+            Arm(spec.name, pipeline(spec.processors), deterministic=[s["name"] for s in spec.processors] == [GREEDY])
+            for spec in self.heuristics
+        ]
+        for arm in arms:
+            if arm.policy.initial_state(1, torch.device("cpu")) is not None:
+                raise ConfigError(
+                    f"heuristic {arm.name!r} carries state, and a state's targets cannot be distilled; drop it"
+                )
+        return arms
+
+    @property
+    def scorers(self) -> list[RewardConfig]:
+        """Labellers, then the rewards that are none of them: what training candidates are scored by."""
+        labellers = list(self.config.labellers or self.config.rewards)
+        return labellers + [r for r in self.config.rewards if not any(map(r.scores_like, labellers))]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return load_prompts(self.config.data, split)
+
+    def prompts_to_label(self, split: str) -> list[Prompt]:
+        """All prompts, or of the training prompts as many as `generate.train_prompts` says."""
+        prompts, count = self.prompts(split), self.config.generate.train_prompts
+        if split != "train" or count is None or count >= len(prompts):
+            return prompts
+        return PromptSampler(prompts, count, self.config.generate.seed, self.config.compare.stratify_by).draw(0)
+
+    def strata(self, prompts: Sequence[Prompt]) -> list[str]:
+        column = self.config.compare.stratify_by
+        lacking = [prompt.id for prompt in prompts if column is not None and column not in prompt.columns]
+        if lacking:
+            raise DataError(f"prompt {lacking[0]!r} lacks the column {column!r} that compare.stratify_by names")
+        return [str(prompt.columns[column]) if column else "all" for prompt in prompts]
+
+    def new_policy(self) -> TrainablePolicy:
+        """An untrained policy, its weights drawn by `distill.seed`."""
+        spec = self.config.policy
+        cls, arguments = load_attribute(spec.name), dict(spec.arguments)
+        if "hidden_size" in inspect.signature(cls.__init__).parameters and arguments.get("inputs"):
+            arguments.setdefault("hidden_size", self.backend.hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.distill.seed)
+            return cls(**arguments)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What saved policies say about where they come from."""
+        return {
+            "base_model": self.config.backend.model,
+            "fingerprint": self.backend.fingerprint,
+            "sketch": {"head": self.config.rollout.head, "tail": self.config.rollout.tail},
+        }

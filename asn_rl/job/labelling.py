@@ -1,0 +1,186 @@
+"""The stages that make candidates and find what wins: generate -> verify -> label -> select."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asn_rl.backends.server_generation import ServerGenerator
+from asn_rl.errors import BackendError, DataError, UnknownName
+from asn_rl.evaluation.comparison import by_stratum
+from asn_rl.evaluation.statistics import masked_mean, split_half_oracle, stratified_mean
+from asn_rl.job.config import GenerationServers
+from asn_rl.job.job import Job
+from asn_rl.labelling import generate as generating
+from asn_rl.labelling import labels as labelling
+from asn_rl.labelling import select as selecting
+from asn_rl.labelling.grid import Grid
+from asn_rl.labelling.records import read_prompts, write_prompts
+from asn_rl.labelling.store import CandidateStore, read_candidates
+from asn_rl.labelling.verify import Verification
+from asn_rl.labelling.verify import verify as verified
+from asn_rl.rewards.compose import RewardConfig, combined, unique_names
+from asn_rl.runs import write_json
+from asn_rl.training.reward_model import RewardModelReport, train_reward_model
+from asn_rl.types import Prompt
+
+SPLITS = ("selection", "train")
+
+
+def prompts(job: Job) -> dict[str, list[Prompt]]:
+    """The prompts of each split that are generated for; kept in the run folder, so that later stages see the same."""
+    path = job.run / "prompts.jsonl"
+    if not path.exists():
+        found = {split: job.prompts_to_label(split) for split in SPLITS}
+        for part in found.values():
+            job.strata(part)  # a missing column shows before hours of generation
+        write_prompts(path, found)
+    return read_prompts(path)
+
+
+def store(job: Job, split: str) -> CandidateStore:
+    """The candidates of a split, as far as they are there."""
+    heuristics = tuple(arm.name for arm in job.arms)
+    grid = Grid(tuple(prompt.id for prompt in prompts(job)[split]), heuristics, job.config.generate.seeds)
+    return CandidateStore(grid, job.run / "candidates" / split)
+
+
+def generate(job: Job) -> None:
+    """Complete every prompt under every heuristic and seed. Writes `candidates/`; cells that are there are passed
+    over."""
+    for split in SPLITS:
+        candidates = store(job, split)
+        if candidates.present.all():
+            continue
+        by_id = {prompt.id: prompt for prompt in prompts(job)[split]}
+        fixed = [arm.name for arm in job.arms if arm.deterministic]
+        if job.config.generate.servers is None:
+            policies = {arm.name: arm.policy for arm in job.arms}
+            source = generating.InProcess(job.backend, policies, by_id, job.config.rollout, fixed)
+            generating.generate(candidates, source, candidates.folder)
+        else:
+            _generate_on_servers(job, job.config.generate.servers, candidates, by_id, fixed)
+
+
+def _generate_on_servers(
+    job: Job, servers: GenerationServers, candidates: CandidateStore, by_id: dict[str, Prompt], fixed: list[str]
+) -> None:
+    codec: dict[str, Any] = {}
+    if servers.kind != "openai":  # which renders prompts and returns texts itself
+        backend = job.backend
+        codec = {"encode": backend.encode, "decode": backend.decode, "eos_token_ids": backend.eos_token_ids}
+    processors = {spec.name: spec.processors for spec in job.heuristics}
+    with ServerGenerator(servers.pool, servers.kind, model=servers.model, **codec) as generator:
+        source = generating.FromServers(generator, processors, by_id, job.config.rollout.max_new_tokens, fixed)
+        left_out = generating.generate(candidates, source, candidates.folder)
+    if left_out:
+        reasons = "; ".join(f"{count} cells: {reason}" for reason, count in source.failures.most_common(3))
+        raise BackendError(
+            f"{left_out} of {candidates.grid.size} cells could not be generated ({reasons}). `asn-rl verify` names "
+            "them; the same command tries them again"
+        )
+
+
+def verify(job: Job) -> dict[str, Verification]:
+    """Check the candidates of each split against the cross product."""
+    return {split: verified(store(job, split)) for split in SPLITS}
+
+
+def label(job: Job, engine: labelling.Engine = labelling.local_engine) -> None:
+    """Score every candidate. Writes `labels/`; prompts that are done are passed over.
+
+    Raises:
+        DataError: a cell has two different texts.
+    """
+    generate(job)
+    for split in SPLITS:
+        candidates = store(job, split)
+        found = verified(candidates)
+        if not found.ok:
+            raise DataError(
+                f"the candidates of the {split} split contradict each other:\n  " + "\n  ".join(found.lines()) + "\n"
+                "Remove the wrong lines and run the same command again"
+            )
+        by_id = {prompt.id: prompt for prompt in prompts(job)[split]}
+        labelling.label(_scorers(job, split), candidates, by_id, job.run / "labels" / split, engine)
+
+
+def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
+    """Rate the heuristics on each training prompt, keep the best candidates, and find the best static rule on the
+    selection split. Writes `selected/` and `selection.json`."""
+    path = job.run / "selection.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    label(job)
+    found = prompts(job)
+    strata = {split: job.strata(found[split]) for split in SPLITS}
+    stores = {split: store(job, split) for split in SPLITS}
+    scores = {split: _labels(job, split, stores[split]) for split in SPLITS}
+    names = unique_names(job.scorers)[: len(job.config.labellers or job.config.rewards)]
+    weights = {name: config.weight for name, config in zip(names, job.scorers, strict=False)}
+    own = {name: scores["train"][name] for name in names}
+    selecting.select(stores["train"], own, weights, strata["train"], job.config.select, job.run / "selected", engine)
+
+    rewards = {split: _rewards(job, split, stores[split], scores[split]) for split in SPLITS}
+    means = {arm.name: masked_mean(rewards["selection"][:, j]) for j, arm in enumerate(job.arms)}  # (P,) each
+    oracle, static = split_half_oracle(rewards["train"].swapaxes(0, 1), strata["train"])
+    selection = {
+        "best_static": max(means, key=lambda name: stratified_mean(means[name], strata["selection"])),
+        "selection": {name: dict(by_stratum(part, strata["selection"])) for name, part in means.items()},
+        "headroom": {"oracle": oracle, "static": static},
+    }
+    write_json(path, selection)
+    return selection
+
+
+def _scorers(job: Job, split: str) -> list[RewardConfig]:
+    """Static rules are chosen by reward; labels beyond that are for the training prompts."""
+    return job.scorers if split == "train" else list(job.config.rewards)
+
+
+def _labels(job: Job, split: str, candidates: CandidateStore) -> dict[str, labelling.Labels]:
+    names = unique_names(_scorers(job, split))
+    folder = job.run / "labels" / split
+    return {name: labelling.read_labels(folder / labelling.folder_name(name), name, candidates.grid) for name in names}
+
+
+def _rewards(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:
+    """(P, A, S) reward of each candidate, combined as training combines it; NaN: masked."""
+    configs, scorers = job.config.rewards, _scorers(job, split)
+    names = unique_names(scorers)
+    of_reward = [names[next(i for i, s in enumerate(scorers) if reward.scores_like(s))] for reward in configs]
+    count, heuristics, samples = candidates.grid.shape
+    groups = [prompt for prompt in candidates.grid.prompts for _ in range(samples)]
+    totals = [
+        combined(configs, [torch.from_numpy(labels[name].scores[:, j].reshape(-1)) for name in of_reward], groups)
+        for j in range(heuristics)
+    ]
+    return torch.stack(totals, 1).numpy().reshape(count, samples, heuristics).swapaxes(1, 2)
+
+
+def fit_reward_model(job: Job, labeller: str, folder: Path) -> RewardModelReport:
+    """Fit `bradley_terry_head` to what a labeller prefers among the training candidates, and save it in `folder`.
+
+    Raises:
+        UnknownName: the run has no such labeller.
+    """
+    names = unique_names(job.scorers)
+    if labeller not in names:
+        raise UnknownName("labeller of this run", labeller, names)
+    label(job)
+    candidates = store(job, "train")
+    scores = _labels(job, "train", candidates)[labeller].scores
+    by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
+    cells = [tuple(cell) for cell in np.argwhere(candidates.present).tolist()]
+    found = read_candidates([candidates.location(cell) for cell in cells])
+    return train_reward_model(
+        [by_id[candidate.prompt_id] for candidate in found],
+        [candidate.completion_ids for candidate in found],
+        [float(scores[cell]) for cell in cells],
+        base_model=job.config.backend,
+        folder=folder,
+    )

@@ -1,0 +1,149 @@
+"""The stages that learn, and the one that says what it was worth: distil -> GRPO -> compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asn_rl.checkpoint import check_compatible, load_policy, save_policy
+from asn_rl.data.store import load_trajectories, save_trajectories
+from asn_rl.errors import DataError
+from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run_arm, table
+from asn_rl.job.config import CompareConfig
+from asn_rl.job.job import BASE, GREEDY, Job
+from asn_rl.job.labelling import prompts, select
+from asn_rl.labelling.selected import read_selected, read_targets
+from asn_rl.metrics import MetricsLogger
+from asn_rl.protocols import TrainablePolicy
+from asn_rl.registry import load_attribute
+from asn_rl.replay import replay
+from asn_rl.runs import console, progress, write_json
+from asn_rl.training.distill import distill, sketch_targets
+from asn_rl.training.grpo import train
+from asn_rl.types import Prompt, Trajectories
+
+
+def distil(job: Job) -> TrainablePolicy:
+    """Teach the policy each training prompt's target (its winning heuristic, or a mixture of heuristics) on the states
+    of the selected candidates. Writes `distilled/`."""
+    folder = job.run / "distilled"
+    if folder.exists():
+        return load_policy(folder)
+    select(job)
+    policy, names = job.new_policy(), [arm.name for arm in job.arms]
+    trajectories = _selected_trajectories(job, policy)
+    by_prompt = read_targets(job.run / "selected")
+    weights = torch.tensor([[by_prompt[p.id].get(name, 0.0) for name in names] for p in trajectories.prompts])
+    targets = sketch_targets([arm.policy for arm in job.arms], weights, trajectories)
+    with MetricsLogger(job.run / "distill") as log:
+        figures = distill(policy, trajectories, targets, job.config.distill, log=log)
+    taught = sorted(names[i] for i in weights.sum(0).nonzero().squeeze(-1).tolist())
+    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {', '.join(taught)}.")
+    write_json(job.run / "distill" / "summary.json", dict(figures))
+    return policy
+
+
+def _selected_trajectories(job: Job, policy: TrainablePolicy) -> Trajectories:
+    """The selected candidates, replayed once through the base model; kept in the run folder."""
+    folder = job.run / "selected" / "trajectories"
+    if folder.exists():
+        return load_trajectories(folder)
+    by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
+    selected = read_selected(job.run / "selected")
+    textual = [candidate.key for candidate in selected if not candidate.completion_ids]
+    if textual:
+        raise DataError(
+            f"candidate {textual[0]} has no token ids, so the states it visited cannot be recovered; generate with a "
+            "kind of server that returns them"
+        )
+    with console.status(f"replaying {len(selected)} selected candidates"):
+        trajectories, _ = replay(
+            policy,
+            job.backend,
+            [by_id[candidate.prompt_id] for candidate in selected],
+            [list(candidate.completion_ids or ()) for candidate in selected],
+            job.config.rollout,
+        )
+    save_trajectories(folder, trajectories)
+    return trajectories
+
+
+def reinforce(job: Job) -> TrainablePolicy:
+    """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`."""
+    if (job.run / "policy").exists():
+        return load_policy(job.run / "policy")
+    start = Path(job.config.init or job.run / "distilled")
+    policy = load_policy(start) if job.config.init else distil(job)
+    anchor = Path(job.config.reference or start)
+    spec = check_compatible(start, fingerprint=job.backend.fingerprint)
+    check_compatible(anchor, fingerprint=job.backend.fingerprint, architecture=spec.policy)
+    return train(
+        policy,
+        load_policy(anchor),
+        job.backend,
+        job.prompts("train"),
+        job.rewards,
+        job.config.rollout,
+        job.config.grpo,
+        job.run,
+        metadata=job.metadata,
+    )
+
+
+def compare(job: Job) -> dict[str, Any]:
+    """Greedy, T = 1, the best static rule, the distilled and the RL policy on the test prompts. Writes
+    `comparison.json`, and the completions under `comparison/`."""
+    path = job.run / "comparison.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    selection, config = select(job), job.config.compare
+    best = selection["best_static"]
+    pipeline = load_attribute(job.config.pipeline)
+    static = {
+        GREEDY: Arm(GREEDY, pipeline([{"name": GREEDY}]), deterministic=True),
+        BASE: Arm(BASE, pipeline([])),
+        **{arm.name: arm for arm in job.arms},
+    }
+    learned = [Arm("distilled", distil(job)), Arm("rl", reinforce(job))]
+    arms = [static[name] for name in dict.fromkeys([GREEDY, BASE, best])] + learned
+    prompts = job.prompts("test")
+    strata = job.strata(prompts)
+    results = []
+    with progress("compare", len(arms)) as advance:
+        for arm in arms:
+            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, config)
+            results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
+            advance(1, arm.name)
+    options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
+    comparison = {
+        "prompts": len(prompts),
+        "samples": config.num_generations,
+        "level": config.level,
+        "best_static": best,
+        "grid": [arm.name for arm in job.arms],
+        "headroom": selection["headroom"],
+        "rows": table(results, strata, best, **options),
+        "rl_against_distilled": paired_difference(results[-1], results[-2], strata, **options),
+    }
+    write_json(path, comparison)
+    return comparison
+
+
+def _stored_rollout(
+    job: Job,
+    folder: Path,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    config: CompareConfig,
+) -> Trajectories:
+    """What `folder` holds, or a rollout that is then stored there."""
+    if folder.exists():
+        return load_trajectories(folder)
+    samples, seed = config.num_generations, config.seed
+    trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed)
+    save_trajectories(folder, trajectories)
+    return trajectories

@@ -1,0 +1,123 @@
+"""Candidate completions for every cell of a grid. Cells that are there are passed over."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from asn_rl.backends.server_generation import GenerationRequest, ServerGenerator
+from asn_rl.backends.servers import RequestFailure
+from asn_rl.labelling.records import ShardWriter, candidate_record
+from asn_rl.labelling.store import CandidateStore
+from asn_rl.mixed_batch import MixedBatch
+from asn_rl.protocols import LogitsBackend, Policy
+from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.runs import progress
+from asn_rl.types import Candidate, Key, Prompt
+
+Source = Callable[[Sequence[Key]], Iterator[list[Candidate]]]
+"""cells -> their candidates, in portions as they are done; cells that could not be had are left out"""
+
+
+def generate(store: CandidateStore, source: Source, folder: Path) -> int:
+    """Generate what is missing in a store. A portion is on disk before the next one begins.
+
+    Returns:
+        The number of cells that the source left out.
+    """
+    missing = list(store.grid.keys(~store.present))
+    if not missing:
+        return 0
+    total, written, tokens, begin = store.grid.size, 0, 0, time.monotonic()
+    with ShardWriter(folder) as shard, progress("generate", total, total - len(missing)) as advance:
+        for portion in source(missing):
+            shard.write([candidate_record(candidate) for candidate in portion])
+            written += len(portion)
+            tokens += sum(len(candidate.completion_ids or ()) for candidate in portion)
+            advance(len(portion), f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
+    return len(missing) - written
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Candidates from a backend in this process. Cells of all heuristics and prompts share a batch.
+
+    A cell's text is that of `rollout(policy, backend, [prompt], config, seed=seed)`.
+    """
+
+    backend: LogitsBackend
+    policies: Mapping[str, Policy]
+    """heuristics by name"""
+    prompts: Mapping[str, Prompt]
+    """prompts by id"""
+    config: RolloutConfig
+    deterministic: Collection[str] = ()
+    """heuristics that give every seed the same text, which is then decoded once a prompt"""
+
+    def __call__(self, cells: Sequence[Key]) -> Iterator[list[Candidate]]:
+        decoded = _by_text(cells, self.deterministic)
+        batches = -(-len(decoded) // self.config.max_batch)
+        size = -(-len(decoded) // max(batches, 1))
+        for low in range(0, len(decoded), size):
+            yield self._decode(decoded[low : low + size])
+
+    def _decode(self, groups: Sequence[Sequence[Key]]) -> list[Candidate]:
+        """Candidates of groups of cells, one completion a group."""
+        names = list(self.policies)
+        policy = MixedBatch(list(self.policies.values()), [names.index(group[0][1]) for group in groups])
+        trajectories = rollout(
+            policy,
+            self.backend,
+            [self.prompts[group[0][0]] for group in groups],
+            self.config,
+            seed=[group[0][2] for group in groups],
+        )
+        return [
+            Candidate(
+                *cell,
+                completion=trajectories.completions[i],
+                completion_ids=trajectories.completion_ids[i],
+                terminated=bool(trajectories.terminated[i]),
+            )
+            for i, group in enumerate(groups)
+            for cell in group
+        ]
+
+
+@dataclass(frozen=True)
+class FromServers:
+    """Candidates from a pool of inference servers, each written as it arrives. What a server gave up on is left out
+    and counted."""
+
+    generator: ServerGenerator
+    processors: Mapping[str, Sequence[Mapping[str, Any]]]
+    """steps {name, params} of the heuristics, by name"""
+    prompts: Mapping[str, Prompt]
+    """prompts by id"""
+    max_new_tokens: int
+    deterministic: Collection[str] = ()
+    """heuristics that give every seed the same text, which is then asked for once a prompt"""
+    failures: Counter[str] = field(default_factory=Counter)
+    """cells that were left out, by reason"""
+
+    def __call__(self, cells: Sequence[Key]) -> Iterator[list[Candidate]]:
+        groups = _by_text(cells, self.deterministic)
+        for i, answer in self.generator.generate(self._request(*group[0]) for group in groups):
+            if isinstance(answer, RequestFailure):
+                self.failures[f"{answer.reason}: {answer.detail}"] += len(groups[i])
+                continue
+            text, ids, terminated = answer.text, answer.token_ids, answer.terminated
+            yield [Candidate(*cell, completion=text, completion_ids=ids, terminated=terminated) for cell in groups[i]]
+
+    def _request(self, prompt: str, heuristic: str, seed: int) -> GenerationRequest:
+        return GenerationRequest(self.prompts[prompt].content, self.processors[heuristic], seed, self.max_new_tokens)
+
+
+def _by_text(cells: Sequence[Key], deterministic: Collection[str]) -> list[list[Key]]:
+    """Cells grouped by the text they share: the seeds of a deterministic heuristic are neighbours in a grid."""
+    return [list(g) for _, g in groupby(cells, key=lambda cell: cell[:2] if cell[1] in deterministic else cell)]

@@ -1,0 +1,146 @@
+"""Scores of candidates: one labeller at a time, whole prompts at a time, so that labellers may compare candidates."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from asn_rl.errors import InvalidValue
+from asn_rl.labelling.grid import Grid
+from asn_rl.labelling.records import LABEL, Record, ShardWriter, as_score, folder_name, label_record, read_records
+from asn_rl.labelling.store import CandidateStore, Location, read_candidates
+from asn_rl.rewards.compose import RewardConfig, RewardSuite, unique_names
+from asn_rl.runs import progress, write_json
+from asn_rl.types import Candidate, Prompt
+
+CHUNK = 256
+"""candidates handed to a labeller at a time, at least; always whole prompts"""
+
+_COUNTS = "counts.json"
+
+Chunk = list[tuple[Prompt, list[Location]]]
+Engine = Callable[[RewardConfig, str, Iterable[Chunk]], Iterator[tuple[int, list[Record], Mapping[str, int]]]]
+"""(labeller's configuration, its name, chunks) -> (prompts done, label records, event counts) of each chunk, in any
+order"""
+
+
+def label_chunk(suite: RewardSuite, name: str, chunk: Chunk) -> tuple[list[Record], Mapping[str, int]]:
+    """Label records of some prompts' candidates, and what was counted meanwhile.
+
+    Labellers that compare completions do so within a prompt and heuristic: the column `group` says so. Those that
+    compare across heuristics (a tournament) go by `prompt_id`.
+    """
+    rows = [(prompt, candidate) for prompt, places in chunk for candidate in read_candidates(places)]
+    prompts = [_grouped(prompt, candidate) for prompt, candidate in rows]
+    candidates = [candidate for _, candidate in rows]
+    scores, counts = suite.scores(
+        prompts,
+        [candidate.completion for candidate in candidates],
+        [candidate.completion_ids for candidate in candidates],
+        terminated=[candidate.terminated for candidate in candidates],
+    )
+    (values,) = scores.values()
+    records = [label_record(candidate, name, value) for candidate, value in zip(candidates, values, strict=True)]
+    return records, counts
+
+
+def _grouped(prompt: Prompt, candidate: Candidate) -> Prompt:
+    return Prompt(prompt.id, prompt.content, {**prompt.columns, "group": f"{prompt.id}\n{candidate.heuristic}"})
+
+
+def local_engine(
+    config: RewardConfig, name: str, chunks: Iterable[Chunk]
+) -> Iterator[tuple[int, list[Record], Mapping[str, int]]]:
+    """One labeller in this process (or, where its configuration says so, in worker processes of its own)."""
+    with RewardSuite([config]) as suite:
+        for chunk in chunks:
+            records, counts = label_chunk(suite, name, chunk)
+            yield len(chunk), records, counts
+
+
+def label(
+    labellers: Sequence[RewardConfig],
+    store: CandidateStore,
+    prompts: Mapping[str, Prompt],
+    folder: Path,
+    engine: Engine = local_engine,
+) -> dict[str, dict[str, int]]:
+    """Score every candidate with every labeller. Prompts that are done are passed over; one that was interrupted is
+    scored again as a whole.
+
+    Returns:
+        What each labeller counted: masked scores, failed calls and so on. Added up over interrupted runs in the
+        labeller's `counts.json`.
+    """
+    counted: dict[str, dict[str, int]] = {}
+    for name, config in zip(unique_names(labellers), labellers, strict=True):
+        place = folder / folder_name(name)
+        unlabelled = store.present & ~read_labels(place, name, store.grid).seen
+        todo = np.flatnonzero(unlabelled.any((1, 2))).tolist()
+        counts: Counter[str] = Counter()
+        total = len(store.grid.prompts)
+        with ShardWriter(place) as shard, progress(f"label {name}", total, total - len(todo)) as advance:
+            chunks = _chunks(todo, store, prompts)
+            try:
+                for done, records, events in engine(config, name, chunks) if todo else ():
+                    shard.write(records)
+                    counts.update(events)
+                    advance(done, f"{counts[f'{config.function}/masked']} masked")
+            finally:
+                if counts:
+                    so_far = Counter(read_counts(place))
+                    so_far.update(counts)
+                    write_json(place / _COUNTS, so_far)
+        counted[name] = dict(counts)
+    return counted
+
+
+def read_counts(folder: Path) -> dict[str, int]:
+    """What a labeller counted so far; nothing before it has labelled."""
+    path = folder / _COUNTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _chunks(todo: Sequence[int], store: CandidateStore, prompts: Mapping[str, Prompt]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    rows = 0
+    for i in todo:
+        places = store.locations(i)
+        chunk.append((prompts[store.grid.prompts[i]], places))
+        rows += len(places)
+        if rows >= CHUNK:
+            yield chunk
+            chunk, rows = [], 0
+    if chunk:
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Scores of one labeller over a grid."""
+
+    scores: np.ndarray
+    """(P, A, S) float64; NaN: masked, or not labelled"""
+    seen: np.ndarray
+    """(P, A, S) bool: labelled, be it with a score or as masked"""
+
+
+def read_labels(folder: Path, name: str, grid: Grid) -> Labels:
+    """The scores that a labeller left; of a cell that was scored twice, the later one.
+
+    Raises:
+        DataError: a malformed record, or one of another labeller or grid.
+    """
+    scores, seen = np.full(grid.shape, np.nan), np.zeros(grid.shape, bool)
+    for where, record in read_records(folder, LABEL):
+        if record.get("labeller") != name:
+            raise InvalidValue(f"{where}: labeller", record.get("labeller"), f"{name!r}", "the record is misplaced")
+        cell = grid.index((record["prompt_id"], record["heuristic"], record["seed"]), where)
+        value = as_score(record, where)
+        scores[cell], seen[cell] = np.nan if value is None else value, True
+    return Labels(scores, seen)

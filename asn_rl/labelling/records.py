@@ -1,0 +1,167 @@
+"""What the stages leave for each other: append-only shards of versioned JSONL records.
+
+A stage that starts again opens a new shard, so a line that was torn by a crash stays the last of its file, where it is
+dropped with a warning; the record is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from asn_rl.errors import DataError
+from asn_rl.files import write_whole
+from asn_rl.runs import console
+from asn_rl.types import Candidate, Prompt
+
+PROMPT, CANDIDATE, LABEL = "asn_rl.prompt/1", "asn_rl.candidate/1", "asn_rl.label/1"
+Record = dict[str, Any]
+
+
+class ShardWriter:
+    """Appends records to a new shard of a folder; every batch of records is on disk before `write` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.stem.removeprefix("shard-")) for path in shards(folder)), default=-1)
+        self.path = folder / f"shard-{number:05d}.jsonl"
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append whole lines and flush them.
+
+        Raises:
+            OSError: the disk is full; what was written before stays, a torn last line is dropped when it is read.
+        """
+        if self._file is None:
+            self._file = self.path.open("x", encoding="utf-8")
+        self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards of a folder in the order they were begun."""
+    return sorted(path for path in folder.glob("shard-*.jsonl") if re.fullmatch(r"shard-\d+", path.stem))
+
+
+def read_records(folder: Path, schema: str) -> Iterator[tuple[str, Record]]:
+    """(where, record) of every line of every shard, one line in memory at a time.
+
+    Raises:
+        DataError: a line that is not JSON (a torn last line is dropped with a warning), or of another schema.
+    """
+    for path in shards(folder):
+        yield from read_file(path, schema)
+
+
+def read_file(path: Path, schema: str) -> Iterator[tuple[str, Record]]:
+    """(where, record) of every line of one file; see `read_records`."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    console.print(f"[yellow]warning:[/] dropped a torn last line of {path}", highlight=False)
+                    return
+                raise DataError(f"{where} is not JSON: {error}. Mend or remove that line") from error
+            found = record.get("schema") if isinstance(record, dict) else None
+            if found != schema:
+                raise DataError(
+                    f"{where} has schema {found!r}, this version reads {schema!r}; generate and label again in a new "
+                    "run folder, or use the version that wrote it"
+                )
+            yield where, record
+
+
+def candidate_record(candidate: Candidate) -> Record:
+    ids = candidate.completion_ids
+    return {"schema": CANDIDATE, **vars(candidate), "completion_ids": None if ids is None else list(ids)}
+
+
+def as_candidate(record: Mapping[str, Any], where: str) -> Candidate:
+    """A candidate of a record.
+
+    Raises:
+        DataError: a field is missing or of the wrong type; the message begins with `where`.
+    """
+    ids = record.get("completion_ids")
+    _expect(
+        ids is None or (isinstance(ids, list) and all(isinstance(i, int) for i in ids)), record, where, "completion_ids"
+    )
+    for name, kind in (
+        ("prompt_id", str),
+        ("heuristic", str),
+        ("seed", int),
+        ("completion", str),
+        ("terminated", bool),
+    ):
+        value = record.get(name)
+        _expect(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), record, where, name)
+    fields = ("prompt_id", "heuristic", "seed", "completion", "completion_ids", "terminated")
+    return Candidate(*(record[name] for name in fields))
+
+
+def _expect(ok: bool, record: Mapping[str, Any], where: str, name: str) -> None:
+    if not ok:
+        kinds = "text, completion_ids a list of integers or null, seed an integer, terminated true or false"
+        raise DataError(f"{where}: field {name!r} is {record.get(name)!r:.80}; fields of a candidate are {kinds}")
+
+
+def label_record(candidate: Candidate, labeller: str, score: float | None) -> Record:
+    """A score of one candidate; None: masked."""
+    prompt_id, heuristic, seed = candidate.key
+    return {
+        "schema": LABEL, "prompt_id": prompt_id, "heuristic": heuristic, "seed": seed,
+        "labeller": labeller, "score": score,
+    }  # fmt: skip
+
+
+def as_score(record: Mapping[str, Any], where: str) -> float | None:
+    """The score of a label record; None: masked.
+
+    Raises:
+        DataError: neither a finite number nor null.
+    """
+    score = record.get("score")
+    if score is None:
+        return None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < float("inf"):
+        raise DataError(f"{where}: 'score' must be a finite number or null, got {score!r:.80}; label again")
+    return float(score)
+
+
+def folder_name(labeller: str) -> str:
+    """A labeller's name as that of a folder."""
+    return re.sub(r"[^\w.=+#-]", "_", labeller)
+
+
+def write_prompts(path: Path, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """The prompts of each split, so that a run folder explains itself."""
+    lines = [
+        {"schema": PROMPT, "split": split, "id": p.id, "content": p.content, "columns": dict(p.columns)}
+        for split, part in prompts.items()
+        for p in part
+    ]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_prompts(path: Path) -> dict[str, list[Prompt]]:
+    """What `write_prompts` wrote."""
+    splits: dict[str, list[Prompt]] = {}
+    for _, record in read_file(path, PROMPT):
+        splits.setdefault(record["split"], []).append(Prompt(record["id"], record["content"], record["columns"]))
+    return splits

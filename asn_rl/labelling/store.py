@@ -1,0 +1,102 @@
+"""The candidates of a run: one pass over the shards finds every cell, texts are then read where they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from asn_rl.labelling.grid import Grid
+from asn_rl.labelling.records import CANDIDATE, as_candidate, read_file, shards
+from asn_rl.types import Candidate
+
+Location = tuple[Path, int]
+"""file and byte offset of a record"""
+
+
+@dataclass
+class CandidateStore:
+    """Where each cell's candidate lies. Memory: about 30 bytes a cell, texts stay on disk."""
+
+    grid: Grid
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    file: np.ndarray = field(init=False)
+    """(P, A, S) int32 index into `files`; -1: the cell is missing"""
+    offset: np.ndarray = field(init=False)
+    """(P, A, S) int64 byte offset of the cell's record"""
+    empty: np.ndarray = field(init=False)
+    """(P, A, S) bool: the completion is blank"""
+    truncated: np.ndarray = field(init=False)
+    """(P, A, S) bool: cut off by the token limit"""
+    digest: np.ndarray = field(init=False)
+    """(P, A, S) uint64; equal where text, tokens and way of ending are equal"""
+    copies: int = 0
+    """records that repeat a cell with the same text"""
+    conflicts: list[str] = field(default_factory=list)
+    """cells with two different texts, in words"""
+
+    def __post_init__(self) -> None:
+        shape = self.grid.shape
+        self.file, self.offset = np.full(shape, -1, np.int32), np.zeros(shape, np.int64)
+        self.empty, self.truncated = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.digest = np.zeros(shape, np.uint64)
+        for path in shards(self.folder):
+            self._scan(path)
+
+    def _scan(self, path: Path) -> None:
+        self.files.append(path)
+        offsets = _line_offsets(path)
+        for where, record in read_file(path, CANDIDATE):
+            offset = next(offsets)
+            candidate = as_candidate(record, where)
+            cell = self.grid.index(candidate.key, where)
+            digest = _digest(candidate)
+            if self.file[cell] < 0:
+                self.file[cell], self.offset[cell], self.digest[cell] = len(self.files) - 1, offset, digest
+                self.empty[cell], self.truncated[cell] = not candidate.completion.strip(), not candidate.terminated
+            elif self.digest[cell] == digest:
+                self.copies += 1
+            else:
+                first = self.files[self.file[cell]]
+                self.conflicts.append(f"{where}: cell {candidate.key} has another text in {first}; remove one of them")
+
+    @property
+    def present(self) -> np.ndarray:
+        """(P, A, S) bool."""
+        return self.file >= 0
+
+    def location(self, cell: tuple[int, int, int]) -> Location:
+        return self.files[self.file[cell]], int(self.offset[cell])
+
+    def locations(self, prompt: int) -> list[Location]:
+        """Where the candidates of one prompt lie, heuristic by heuristic, then by seed."""
+        cells = np.argwhere(self.present[prompt])
+        return [self.location((prompt, int(j), int(k))) for j, k in cells]
+
+
+def read_candidates(locations: list[Location]) -> list[Candidate]:
+    """The candidates at some locations."""
+    found = []
+    for path, offset in locations:
+        with path.open("rb") as lines:
+            lines.seek(offset)
+            found.append(as_candidate(json.loads(lines.readline()), f"{path}, byte {offset}"))
+    return found
+
+
+def _line_offsets(path: Path) -> Iterator[int]:
+    offset = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            yield offset
+            offset += len(line)
+
+
+def _digest(candidate: Candidate) -> np.uint64:
+    text = json.dumps([candidate.completion, candidate.completion_ids, candidate.terminated])
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))

@@ -1,0 +1,328 @@
+"""Pairwise comparison by a language model: a Swiss tournament among a prompt's candidates, rated by Bradley-Terry.
+
+Each pair is judged in both orders, as the probability of the next token: P(A) / (P(A) + P(B)). Two orders averaged
+cancel most of a judge's preference for a position, and their difference measures it (Zheng et al. 2023,
+arXiv:2306.05685). A judge that answers neither letter has not judged: that comparison is void, it is no tie.
+
+For capable judges. SmolLM2-135M, the default, runs the mechanics and no more: its opinion is *anti*-correlated with
+correctness (0.39 of right-against-wrong pairs where chance is 0.5).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from asn_rl.errors import InvalidValue, RewardError
+from asn_rl.ops.pairwise import bradley_terry, swiss_pairs, swiss_rounds
+from asn_rl.rewards.inputs import completion_text
+
+if TYPE_CHECKING:
+    from asn_rl.backends.hf import HFBackend
+
+INSTRUCTIONS = """\
+Two answers to the same request are shown below. Decide which one is better.
+
+A better answer does what was asked, stays relevant, is accurate, and gives as much detail as the request calls for. \
+The order of the answers means nothing, and a longer answer is not better for being longer.
+
+[Request]
+{question}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Which answer is better? Reply with the letter only: A or B."""
+
+
+class Comparison(NamedTuple):
+    """What a judge is asked."""
+
+    question: str
+    first: str
+    second: str
+
+
+Judge = Callable[[Sequence[Comparison]], np.ndarray]
+"""m comparisons -> (m, 2) probabilities of the answers "first" and "second"; what is missing to 1 went elsewhere"""
+
+
+@dataclass(frozen=True)
+class TournamentResult:
+    """Ratings of the n texts of one prompt."""
+
+    strength: np.ndarray
+    """(n,) Bradley-Terry strengths, nats, mean 0 over distinct texts"""
+    stderr: np.ndarray
+    """(n,) their standard deviations; the prior's where nothing was compared"""
+    position_bias: float | None
+    """mean P(first is better) - 1/2 over valid answers, both orders of a pair; None without any"""
+    comparisons: np.ndarray
+    """(n,) pairs each text was validly compared in; 0: its strength is the prior, not a finding"""
+    answers: int
+    """what the judge was asked, two a pair"""
+    first_preferred: int
+    """valid answers with P(first is better) > 1/2: half of them without position bias"""
+    neither: int
+    """void answers, on which the judge put too little probability on either letter"""
+
+
+def pairwise_judge(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Any = None,
+    *,
+    model: str = "smollm2-135m-instruct",
+    dtype: str = "auto",
+    device: str = "cpu",
+    chat_template: bool = True,
+    batch_size: int = 32,
+    rounds: int | None = None,
+    minimum_share: float = 0.2,
+    prior: float = 1.0,
+    seed: int = 0,
+    **columns: Any,
+) -> list[float | None]:
+    """Bradley-Terry strength of each completion among those of its prompt, judged in pairs by a causal language model.
+
+    Strengths are relative: comparable within a prompt, not between prompts. Equal texts share one player. None for a
+    completion without a valid comparison (alone, or all its answers void).
+
+    A tournament is among equal cells of the column `prompt_id`, else equal prompts: candidates of all heuristics meet.
+    `pairwise_judge.counts` has `answers`, `first_preferred` and `neither` (see `TournamentResult`), `too_long` (of
+    those void, the ones beyond the judge's context) and `uncompared` completions. `tournaments` gives uncertainties
+    and the exact bias.
+
+    Args:
+        model: embedded short name, hub id or folder of a causal language model.
+        dtype: precision of the judge, as in the backend's configuration.
+        device: torch device of the judge.
+        chat_template: ask through the judge's chat template; off for models that have none.
+        batch_size: answers computed at a time; memory and speed, not results, depend on it.
+        rounds: Swiss rounds; None: ceil(log2 n) + 1 for n distinct texts.
+        minimum_share: least probability on the two letters together for an answer to be valid, in [0, 1].
+        prior: standard deviation of strengths before any comparison, nats.
+        seed: of the first round's pairing and of ties.
+
+    Raises:
+        RewardError: the judge's tokenizer has no single token for each letter.
+        BackendError, UnknownName: no such model.
+        InvalidValue: an argument out of range.
+    """
+    keys = _tournament_keys(prompts, columns)
+    members: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(key, []).append(i)
+    fields = [
+        (_request(prompts[rows[0]]), [completion_text(completions[i]) for i in rows]) for rows in members.values()
+    ]
+    judge = _letter_judge(model, dtype, device, chat_template, batch_size)
+    results = tournaments(fields, judge, rounds=rounds, minimum_share=minimum_share, prior=prior, seed=seed)
+    for event in ("answers", "first_preferred", "neither"):
+        COUNTS[event] += sum(getattr(result, event) for result in results)
+    scores: list[float | None] = [None] * len(keys)
+    for rows, result in zip(members.values(), results, strict=True):
+        for i, strength, compared in zip(rows, result.strength.tolist(), result.comparisons.tolist(), strict=True):
+            scores[i] = strength if compared else None
+    COUNTS["uncompared"] += sum(score is None for score in scores)
+    return scores
+
+
+def tournament(
+    question: str,
+    texts: Sequence[str],
+    judge: Judge,
+    *,
+    rounds: int | None = None,
+    minimum_share: float = 0.2,
+    prior: float = 1.0,
+    seed: int = 0,
+) -> TournamentResult:
+    """Ratings of some texts that answer one question; see `pairwise_judge`."""
+    options: dict[str, Any] = {"rounds": rounds, "minimum_share": minimum_share, "prior": prior, "seed": seed}
+    return tournaments([(question, texts)], judge, **options)[0]
+
+
+def tournaments(
+    fields: Sequence[tuple[str, Sequence[str]]],
+    judge: Judge,
+    *,
+    rounds: int | None = None,
+    minimum_share: float = 0.2,
+    prior: float = 1.0,
+    seed: int = 0,
+) -> list[TournamentResult]:
+    """Tournaments side by side: the judge is called once a round, with the pairs of all of them in both orders.
+
+    Args:
+        fields: (question, texts) of each tournament.
+        judge: gives probabilities; see `Judge`.
+    """
+    if rounds is not None and rounds < 1:
+        raise InvalidValue("rounds", rounds, ">= 1", "null takes ceil(log2 n) + 1")
+    if not 0 <= minimum_share <= 1:
+        raise InvalidValue("minimum_share", minimum_share, "in [0, 1]")
+    tables = [_Table(question, texts) for question, texts in fields]
+    limits = [swiss_rounds(table.players) if rounds is None or table.players < 2 else rounds for table in tables]
+    for number in range(max(limits, default=0)):
+        playing = [table for table, limit in zip(tables, limits, strict=True) if number < limit]
+        drawn = [(table, pair) for table in playing for pair in table.draw(number, seed)]
+        asked = [comparison for table, pair in drawn for comparison in table.both_orders(*pair)]
+        answers = _checked_answers(judge(asked), len(asked)).reshape(len(drawn), 2, 2)
+        for (table, pair), answer in zip(drawn, answers, strict=True):
+            table.record(*pair, answer, minimum_share)
+    return [table.result(prior) for table in tables]
+
+
+class _Table:
+    """One tournament under way; equal texts are one player."""
+
+    def __init__(self, question: str, texts: Sequence[str]) -> None:
+        self.question = question
+        self.texts = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(self.texts)}
+        self.player = [place[text] for text in texts]
+        self.players = n = len(self.texts)
+        self.wins, self.played = np.zeros((n, n)), np.zeros((n, n), dtype=np.int64)
+        self.points = np.zeros(n)
+        self.firsts: list[float] = []
+        self.neither = 0
+
+    def draw(self, number: int, seed: int) -> list[tuple[int, int]]:
+        pairing = swiss_pairs(self.points, self.played, number, seed)
+        if pairing.bye is not None:
+            self.points[pairing.bye] += 0.5  # counts for the next draw, not for the rating
+        return pairing.pairs
+
+    def both_orders(self, i: int, j: int) -> list[Comparison]:
+        a, b = self.texts[i], self.texts[j]
+        return [Comparison(self.question, a, b), Comparison(self.question, b, a)]
+
+    def record(self, i: int, j: int, answer: np.ndarray, minimum_share: float) -> None:
+        """Take in (2, 2) probabilities of (first, second) in both orders.
+
+        A pair counts only when both orders are valid: one alone would carry the position bias.
+        """
+        share = answer.sum(1)
+        valid = (share >= minimum_share) & (share > 0)
+        first = answer[:, 0] / np.where(valid, share, 1.0)
+        self.neither += int((~valid).sum())
+        self.firsts += first[valid].tolist()
+        won = (first[0] + 1 - first[1]) / 2 if valid.all() else 0.5
+        if valid.all():
+            self.wins[i, j] += won
+            self.wins[j, i] += 1 - won
+        self.points[[i, j]] += won, 1 - won
+        self.played[[i, j], [j, i]] += 1
+
+    def result(self, prior: float) -> TournamentResult:
+        rating = bradley_terry(self.wins, prior)
+        # The two shares of a pair sum to 1, so this counts pairs.
+        compared = np.rint((self.wins + self.wins.T).sum(1)).astype(np.int64)
+        bias = float(np.mean(self.firsts)) - 0.5 if self.firsts else None
+        return TournamentResult(
+            strength=rating.strength[self.player],
+            stderr=rating.stderr[self.player],
+            position_bias=bias,
+            comparisons=compared[self.player],
+            answers=len(self.firsts) + self.neither,
+            first_preferred=sum(first > 0.5 for first in self.firsts),
+            neither=self.neither,
+        )
+
+
+def _checked_answers(answers: np.ndarray, count: int) -> np.ndarray:
+    answers = np.asarray(answers, dtype=np.float64)
+    if answers.shape != (count, 2) or not ((answers >= 0) & (answers <= 1)).all() or (answers.sum(1) > 1 + 1e-6).any():
+        raise RewardError(
+            f"a judge must return ({count}, 2) probabilities of 'first' and 'second' that sum to 1 at most, got shape "
+            f"{answers.shape}: {answers!r:.200}"
+        )
+    return answers
+
+
+class LetterJudge:
+    """A causal language model as a judge: the probabilities of "A" and "B" as its next token.
+
+    Args:
+        backend: a transformers backend; a chat template is used where it has one.
+        batch_size: comparisons computed at a time.
+        counts: counter of comparisons that exceed the judge's context, as `too_long`; they get probability 0.
+
+    Raises:
+        RewardError: a letter is no single token of the tokenizer.
+    """
+
+    def __init__(self, backend: HFBackend, batch_size: int = 32, counts: Counter[str] | None = None) -> None:
+        if batch_size < 1:
+            raise InvalidValue("batch_size", batch_size, ">= 1")
+        self.backend, self.batch_size = backend, batch_size
+        self.counts = Counter() if counts is None else counts
+        self.template = INSTRUCTIONS if backend.chat_template else f"{INSTRUCTIONS}\n\nLetter:"
+        self.letters = [self._letter_ids(letter) for letter in "AB"]
+
+    def _letter_ids(self, letter: str) -> list[int]:
+        """Tokens that are this letter, with and without a space before it."""
+        tokenizer = self.backend.tokenizer
+        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
+        found = {ids[0] for ids in encoded if len(ids) == 1 and str(tokenizer.decode(ids)).strip() == letter}
+        if not found:
+            raise RewardError(
+                f"the letter {letter!r} is no single token of the judge {self.backend.model.name_or_path!r}; use "
+                "another judge"
+            )
+        return sorted(found)
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
+        import torch
+
+        ids = [self.backend.encode(self.template.format(**comparison._asdict())) for comparison in comparisons]
+        fits = [i for i, row in enumerate(ids) if len(row) < self.backend.max_context]
+        self.counts["too_long"] += len(ids) - len(fits)
+        fits.sort(key=lambda i: len(ids[i]))  # similar lengths together: less padding
+        answers = np.zeros((len(ids), 2))
+        for start in range(0, len(fits), self.batch_size):
+            rows = fits[start : start + self.batch_size]
+            probs = torch.softmax(self.backend.start([ids[i] for i in rows]).logits.float(), -1).double()
+            answers[rows] = torch.stack([probs[:, letter].sum(-1) for letter in self.letters], -1).cpu().numpy()
+        return answers
+
+
+@cache
+def _letter_judge(model: str, dtype: Any, device: str, chat_template: bool, batch_size: int) -> LetterJudge:
+    """The process-wide judge of these settings."""
+    from asn_rl.backends import BackendConfig, shared_backend
+    from asn_rl.backends.hf import DTYPES, HFBackend
+
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidValue("dtype", dtype, f"auto, {', '.join(DTYPES)}")
+    backend = shared_backend(BackendConfig("hf", model, dtype, device, chat_template))
+    assert isinstance(backend, HFBackend)
+    return LetterJudge(backend, batch_size, COUNTS)
+
+
+def _tournament_keys(prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Hashable]:
+    keys: list[Hashable] = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
+    cells = columns.get("prompt_id")
+    if cells is None:
+        return keys
+    return [key if cell is None else ("prompt_id", cell) for key, cell in zip(keys, cells, strict=True)]
+
+
+def _request(prompt: Any) -> str:
+    """What the judge reads as the request: a text, or the turns of a conversation with their roles."""
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return completion_text(prompt)
+    return "\n".join(f"{str(turn.get('role')).capitalize()}: {completion_text([turn])}" for turn in prompt)
+
+
+COUNTS: Counter[str] = Counter()
+pairwise_judge.__dict__["counts"] = COUNTS

@@ -1,0 +1,30 @@
+"""The labelling pipeline in one go: generate -> verify -> label -> select -> distil -> GRPO -> compare.
+
+    python scripts/label.py                                     # embedded model, about 12 minutes on 2 CPU cores
+    python scripts/label.py --config configs/pipeline-3b.yaml --run runs/3b     # a 3B model on a GPU node
+    python scripts/label.py generate.num_generations=4          # any setting of the configuration
+
+Candidates under a grid of heuristics are scored by verifiers, diversity, a base-model likelihood and repetition; what
+wins is distilled, and the same labellers are the rewards of GRPO. Stage by stage: `asn-rl generate`, `verify`,
+`label`, `select`, `distill`, `grpo`, `compare`, `report`. Interrupted, it continues.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from asn_rl.threads import limit_spinning
+
+limit_spinning()
+
+import _recipe
+import _stages
+
+
+def main() -> int:
+    options = _stages.options(__doc__, config="pipeline.yaml", run="pipeline")
+    return _recipe.exit_status(lambda: _stages.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
