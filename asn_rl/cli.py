@@ -76,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "asn-rl index-corpus articles.jsonl notes.txt --output index --model smollm2-135m-instruct",
         _index_corpus,
         lambda p: (
-            p.add_argument(
-                "files", nargs="+", type=Path, metavar="FILE", help="text (a document a paragraph) or JSONL"
-            ),
+            p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text (paragraphs) or JSONL"),
             p.add_argument("--output", type=Path, required=True, help="folder of the index"),
             p.add_argument("--model", default="smollm2-135m-instruct", help="base model whose token ids are indexed"),
             p.add_argument("--field", default="text", help="JSONL fields that are documents, separated by commas"),

@@ -18,6 +18,7 @@ SOURCES = Registry(
         "mixture": "asn_rl.data.open_ended:mixture",
         "jsonl": "asn_rl.data.jsonl:jsonl",
         "reasoning_gym": "asn_rl.data.procedural:reasoning_gym",
+        "ifeval": "asn_rl.data.ifeval:ifeval",
     },
 )
 
@@ -27,7 +28,7 @@ class DataConfig:
     """Where prompts come from."""
 
     source: str = "mixture"
-    """prompt source: arithmetic, open_ended, mixture, jsonl, reasoning_gym, or module:function"""
+    """prompt source: arithmetic, open_ended, mixture, jsonl, reasoning_gym, ifeval, or module:function"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the source, for example {path: prompts.jsonl}"""
     limit: int | None = None

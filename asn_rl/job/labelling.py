@@ -175,7 +175,7 @@ def fit_reward_model(job: Job, labeller: str, folder: Path) -> RewardModelReport
     candidates = store(job, "train")
     scores = _labels(job, "train", candidates)[labeller].scores
     by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
-    cells = [tuple(cell) for cell in np.argwhere(candidates.present).tolist()]
+    cells = [(i, j, k) for i, j, k in np.argwhere(candidates.present).tolist()]
     found = read_candidates([candidates.location(cell) for cell in cells])
     return train_reward_model(
         [by_id[candidate.prompt_id] for candidate in found],

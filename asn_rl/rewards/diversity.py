@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from asn_rl.errors import RewardError
-from asn_rl.rewards.inputs import completion_text, required_column, terminated_flags
+from asn_rl.rewards.inputs import completion_text, group_keys, required_column, terminated_flags
 
 
 def distinct_valid(
@@ -34,7 +34,7 @@ def distinct_valid(
         first_phrase(completion_text(text), _phrases(valid), completion_text(prompt)) if done and valid else None
         for prompt, text, valid, done in zip(prompts, completions, accepted, ended, strict=True)
     ]
-    keyed = list(zip(_groups(prompts, columns), answers, strict=True))
+    keyed = list(zip(group_keys(prompts, columns), answers, strict=True))
     sizes = Counter(keyed)
     return [
         None if valid is None else 0.0 if answer is None else 1.0 / sizes[group, answer]
@@ -90,12 +90,3 @@ def _phrases(valid: Any) -> tuple[str, ...]:
         f"distinct_valid needs a list of accepted phrases in the column 'valid', got {valid!r:.100}; use null for "
         "rows it does not apply to"
     )
-
-
-def _groups(prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Hashable]:
-    keys: list[Hashable] = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
-    for name in ("prompt_id", "group"):
-        cells = columns.get(name)
-        if cells is not None:
-            keys = [key if cell is None else (name, cell) for key, cell in zip(keys, cells, strict=True)]
-    return keys

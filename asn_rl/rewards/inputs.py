@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from asn_rl.errors import RewardError
@@ -41,3 +41,13 @@ def terminated_flags(columns: Mapping[str, Any], count: int) -> Sequence[bool]:
     """True where a completion ended by itself. Trainers that do not say (TRL) count as True everywhere."""
     flags = columns.get("terminated")
     return [True] * count if flags is None else flags
+
+
+def group_keys(prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Hashable]:
+    """The group of each completion: its cell of the column `group`, else of `prompt_id`, else its prompt."""
+    keys: list[Hashable] = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
+    for name in ("prompt_id", "group"):
+        cells = columns.get(name)
+        if cells is not None:
+            keys = [key if cell is None else (name, cell) for key, cell in zip(keys, cells, strict=True)]
+    return keys

@@ -13,8 +13,7 @@ from typing import Any
 
 from asn_rl.errors import InvalidValue
 from asn_rl.ops.ngrams import marginal_distinct_n, self_bleu
-from asn_rl.rewards.diversity import _groups
-from asn_rl.rewards.inputs import completion_text
+from asn_rl.rewards.inputs import completion_text, group_keys
 
 
 def self_bleu_diversity(
@@ -68,7 +67,7 @@ def within_groups(
     """
     texts = [completion_text(completion) for completion in completions]
     members: dict[Hashable, list[int]] = defaultdict(list)
-    for i, key in enumerate(_groups(prompts, columns)):
+    for i, key in enumerate(group_keys(prompts, columns)):
         members[key].append(i)
     scores: list[float | None] = [None] * len(texts)
     for rows in members.values():
