@@ -85,7 +85,7 @@ def label(
         counts: Counter[str] = Counter()
         total = len(store.grid.prompts)
         with ShardWriter(place) as shard, progress(f"label {name}", total, total - len(todo)) as advance:
-            chunks = _chunks(todo, store, prompts)
+            chunks = _chunks(todo, store, _with_all_columns(prompts))
             try:
                 for done, records, events in engine(config, name, chunks) if todo else ():
                     shard.write(records)
@@ -104,6 +104,12 @@ def read_counts(folder: Path) -> dict[str, int]:
     """What a labeller counted so far; nothing before it has labelled."""
     path = folder / _COUNTS
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _with_all_columns(prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
+    """Prompts with every column that any of them has, None where it does not apply, as a whole batch would show it."""
+    columns = {name: None for prompt in prompts.values() for name in prompt.columns}
+    return {key: Prompt(p.id, p.content, {**columns, **p.columns}) for key, p in prompts.items()}
 
 
 def _chunks(todo: Sequence[int], store: CandidateStore, prompts: Mapping[str, Prompt]) -> Iterator[Chunk]:

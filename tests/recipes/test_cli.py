@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from asn_rl.backends import BackendConfig, shared_backend
 from asn_rl.cli import main
+from asn_rl.rewards.corpus import corpus_coverage
 
 Command = Callable[..., "Ended"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +127,18 @@ def test_verify_tells_by_its_status_and_mends_what_is_missing(folder: Path, asn_
     refused = asn_rl(*job("label"))
     assert refused.status == 2
     assert "Remove the wrong lines" in refused.stderr
+
+
+def test_a_corpus_is_indexed_and_what_is_copied_from_it_is_found(folder: Path, asn_rl: Command) -> None:
+    line = "Seven sailors sold their silver spoons in a small harbour town before the winter came."
+    (folder / "notes.txt").write_text(line + "\n\nNothing else was written down that year.\n")
+    done = asn_rl("index-corpus", "notes.txt", "--output", "index")
+    assert done.status == 0, done.stderr
+    assert "index: 2 documents" in done.stdout
+    backend = shared_backend(BackendConfig(chat_template=False))
+    texts = [line, "Completely different words about elephants and their gentle habits at night."]
+    scores = corpus_coverage(["p"] * 2, texts, [backend.encode(text) for text in texts], index="index")
+    assert scores == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

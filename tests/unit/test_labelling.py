@@ -257,6 +257,14 @@ def test_masked_labels_stay_masked(whole: CandidateStore, tmp_path: Path) -> Non
     assert counts["numeric_answer"]["numeric_answer/masked"] == 9
 
 
+def test_a_column_that_only_other_prompts_have_is_none(whole: CandidateStore, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("asn_rl.labelling.labels.CHUNK", 1)
+    prompts = {i: Prompt(p.id, p.content, {"answer": "3"} if i == "p1" else {}) for i, p in BY_ID.items()}
+    label([RewardConfig("numeric_answer")], whole, prompts, tmp_path)
+    known = ~np.isnan(read_labels(tmp_path / "numeric_answer", "numeric_answer", GRID).scores).all((1, 2))
+    assert known.tolist() == [True, False, False, False]
+
+
 def test_labelling_continues_with_what_is_not_done(whole: CandidateStore, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("asn_rl.labelling.labels.CHUNK", 1)
     config, seen = RewardConfig("distinct_valid"), []
