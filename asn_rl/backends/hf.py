@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asn_rl.backends import BackendConfig
 
 _PREFILL_TOKENS = 2048  # padded positions a prefill chunk may hold
+_CACHED_PER_SCORED = 4  # cached positions, prompts included, for each position that is scored
 _MIN_SHARED_PREFIX = 8  # shorter common beginnings are not worth a pass of their own
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 Stamp = tuple[tuple[str, int, int], ...]
@@ -181,7 +182,7 @@ class HFBackend:
 
         Args:
             prompt_ids, completion_ids: one entry a completion; at least one prompt token each.
-            batch_tokens: padded positions a chunk may hold; a longer sequence is a chunk of its own.
+            batch_tokens: padded positions of completions a chunk may hold; a longer completion is a chunk of its own.
         """
         scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
         for chunk in _chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
@@ -481,13 +482,16 @@ def _chunks_by_prompt(
     prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], batch_tokens: int
 ) -> list[list[int]]:
     """Indices of the completions that have tokens, equal prompts side by side, cut so that a padded chunk holds at
-    most `batch_tokens` positions."""
+    most `batch_tokens` positions of completions, whose logits are held, and a few times as many with the prompts, whose
+    keys and values are held."""
     chunks: list[list[int]] = []
     longest = 0
     present = [i for i, row in enumerate(completion_ids) if len(row)]
     for i in sorted(present, key=lambda i: (len(prompt_ids[i]), tuple(prompt_ids[i]), len(completion_ids[i]))):
         wider = max(longest, len(completion_ids[i]))
-        if chunks and (len(chunks[-1]) + 1) * (len(prompt_ids[i]) + wider) <= batch_tokens:
+        rows = len(chunks[-1]) + 1 if chunks else 1
+        behind_prompts = rows * (len(prompt_ids[i]) + wider) <= _CACHED_PER_SCORED * batch_tokens
+        if chunks and rows * wider <= batch_tokens and behind_prompts:
             chunks[-1].append(i)
             longest = wider
         else:

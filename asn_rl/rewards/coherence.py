@@ -88,14 +88,13 @@ def mean_logprobs(
     given = [None] * len(texts) if completion_ids is None else completion_ids
     tokens = [_tokens(backend, text, ids) for text, ids in zip(texts, given, strict=True)]
     fits = [_fits(backend, prompt, row) for prompt, row in zip(prompt_ids, tokens, strict=True)]
-    kept = [i for i, fit in enumerate(fits) if fit]
-    logprobs = backend.token_logprobs(
-        [prompt_ids[i] for i in kept], [tokens[i] for i in kept], batch_tokens=batch_tokens
-    )
-    scores: list[float | None] = [None] * len(texts)
-    for i, row in zip(kept, logprobs, strict=True):
-        scores[i] = float(row.double().mean())
-    return scores
+    keys = [(tuple(prompt), tuple(row)) for prompt, row in zip(prompt_ids, tokens, strict=True)]
+    distinct = list(
+        dict.fromkeys(key for key, fit in zip(keys, fits, strict=True) if fit)
+    )  # cold sampling repeats itself
+    logprobs = backend.token_logprobs([p for p, _ in distinct], [row for _, row in distinct], batch_tokens=batch_tokens)
+    means = {key: float(row.double().mean()) for key, row in zip(distinct, logprobs, strict=True)}
+    return [means.get(key) for key in keys]
 
 
 def _tokens(backend: HFBackend, text: str, ids: Sequence[int] | None) -> list[int]:
