@@ -168,7 +168,7 @@ def _job_verb(options: argparse.Namespace) -> int:
     else:
         print_comparison(stages.compare(job))
         if options.verb in ("report", "run"):
-            print(f"report: {write_report(job)}")
+            print(f"reports: {write_labelling_report(job.run)} and {write_report(job)}")
     return 0
 
 
