@@ -4,8 +4,8 @@
     python scripts/label.py --config configs/pipeline-3b.yaml --run runs/3b     # a 3B model on a GPU node
     python scripts/label.py generate.num_generations=4          # any setting of the configuration
 
-Candidates under a grid of heuristics are scored by verifiers, diversity, a base-model likelihood and repetition; what
-wins is distilled, and the same labellers are the rewards of GRPO. Stage by stage: `asn-rl generate`, `verify`,
+Candidates under a grid of heuristics are scored by verifiers, embedding diversity and repetition; what wins is
+distilled, and the same labellers are the rewards of GRPO. Stage by stage: `asn-rl generate`, `verify`,
 `label`, `select`, `distill`, `grpo`, `compare`, `report`. Interrupted, it continues.
 """
 

@@ -70,6 +70,8 @@ class GenerateConfig:
     the size they are used at"""
     train_prompts: int | None = None
     """training prompts to label, drawn at random and alike from every stratum; null: all"""
+    selection_prompts: int | None = None
+    """selection prompts on which the best static rule is chosen, drawn likewise; null: all"""
     seed: int = 1000
     """seed of the first completion; the others count on from it"""
     servers: GenerationServers | None = None
@@ -79,8 +81,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.num_generations < 2:
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "headroom is measured on split halves")
-        if self.train_prompts is not None and self.train_prompts < 1:
-            raise InvalidValue("train_prompts", self.train_prompts, ">= 1", "null labels all training prompts")
+        for name in ("train_prompts", "selection_prompts"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise InvalidValue(name, count, ">= 1", "null takes all prompts of the split")
 
     @property
     def seeds(self) -> tuple[int, ...]:

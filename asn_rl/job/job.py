@@ -90,9 +90,9 @@ class Job:
         return load_prompts(self.config.data, split)
 
     def prompts_to_label(self, split: str) -> list[Prompt]:
-        """All prompts, or of the training prompts as many as `generate.train_prompts` says."""
-        prompts, count = self.prompts(split), self.config.generate.train_prompts
-        if split != "train" or count is None or count >= len(prompts):
+        """The prompts of a split, as many as `generate.train_prompts` and `generate.selection_prompts` say."""
+        prompts, count = self.prompts(split), getattr(self.config.generate, f"{split}_prompts")
+        if count is None or count >= len(prompts):
             return prompts
         return PromptSampler(prompts, count, self.config.generate.seed, self.config.compare.stratify_by).draw(0)
 
