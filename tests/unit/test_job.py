@@ -37,6 +37,7 @@ def test_a_grid_comes_after_the_heuristics_and_may_not_repeat_their_names(tmp_pa
     [
         (lambda: GenerateConfig(num_generations=1), "num_generations"),
         (lambda: GenerateConfig(train_prompts=0), "train_prompts"),
+        (lambda: GenerateConfig(selection_prompts=0), "selection_prompts"),
         (lambda: CompareConfig(num_generations=0), "num_generations"),
         (lambda: CompareConfig(level=1.0), "level"),
         (lambda: JobConfig(), "rewards is empty"),
