@@ -121,8 +121,10 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
         yield f"  {name}{shown.removesuffix(chr(10)).removesuffix('...').strip()}  ({_type_name(hint)})"
         if doc := docs.get(field.name):
             yield textwrap.fill(doc, 100, initial_indent="      ", subsequent_indent="      ")
-        if get_origin(hint) in (tuple, list) and dataclasses.is_dataclass(item := get_args(hint)[0]):
-            yield from _describe(item, name + "[].")  # type: ignore[arg-type]
+        mark = "[]." if get_origin(hint) in (tuple, list) else "."
+        for section in get_args(hint):
+            if dataclasses.is_dataclass(section):
+                yield from _describe(section, name + mark)  # type: ignore[arg-type]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

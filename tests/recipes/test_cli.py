@@ -261,7 +261,15 @@ def test_all_settings_are_listed_with_their_meaning(folder: Path, asn_rl: Comman
     done = asn_rl("keys")
     assert done.status == 0
     lines = done.stdout.splitlines()
-    for key in ("grpo.beta", "rollout.max_new_tokens", "backend.model", "generate.train_prompts", "compare.level"):
+    for key in (
+        "grpo.beta",
+        "rollout.max_new_tokens",
+        "backend.model",
+        "generate.train_prompts",
+        "generate.servers.pool.urls",
+        "grid.function",
+        "compare.level",
+    ):
         (number,) = [i for i, line in enumerate(lines) if line.strip().startswith(f"{key}=")]
         assert len(lines[number + 1].strip()) > 10, f"{key} is not explained"
 

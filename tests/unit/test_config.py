@@ -223,8 +223,9 @@ def field_paths(cls: type, prefix: str = "") -> list[str]:
             paths += field_paths(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
             continue
         paths.append(prefix + entry.name)
-        if item is not None and typing.get_origin(hint) is tuple:
-            paths += field_paths(item, f"{prefix}{entry.name}[].")  # type: ignore[arg-type]
+        if item is not None:
+            mark = "[]." if typing.get_origin(hint) is tuple else "."
+            paths += field_paths(item, f"{prefix}{entry.name}{mark}")  # type: ignore[arg-type]
     return paths
 
 
