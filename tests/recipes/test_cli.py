@@ -266,7 +266,7 @@ def test_all_settings_are_listed_with_their_meaning(folder: Path, asn_rl: Comman
         "rollout.max_new_tokens",
         "backend.model",
         "generate.train_prompts",
-        "generate.servers.pool.urls",
+        "generate.servers.kind",
         "grid.function",
         "compare.level",
     ):
