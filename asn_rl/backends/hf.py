@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from asn_rl.backends.batching import chunks_by_prompt, chunks_of_similar_length
 from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
 from asn_rl.errors import BackendError, InvalidValue
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from asn_rl.backends import BackendConfig
 
 _PREFILL_TOKENS = 2048  # padded positions a prefill chunk may hold
-_CACHED_PER_SCORED = 4  # cached positions, prompts included, for each position that is scored
 _MIN_SHARED_PREFIX = 8  # shorter common beginnings are not worth a pass of their own
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 Stamp = tuple[tuple[str, int, int], ...]
@@ -185,7 +185,7 @@ class HFBackend:
             batch_tokens: padded positions of completions a chunk may hold; a longer completion is a chunk of its own.
         """
         scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
-        for chunk in _chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
+        for chunk in chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
             parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk])
             for i, (logits, states) in zip(chunk, parts, strict=True):
                 yield i, logits, states.float() if hidden else None
@@ -289,7 +289,7 @@ class HFBackend:
             everyone, begin = torch.arange(len(owner), device=self.device), slice(0, len(prefix))
             _copy_into(cache, self._prefix_cache(prefix), torch.zeros_like(owner), everyone, begin, shape)
         outputs: list[tuple[Tensor, Tensor]] = [(mask, mask)] * len(rests)
-        for chunk in _chunks_of_similar_length(rests):
+        for chunk in chunks_of_similar_length(list(map(len, rests)), _PREFILL_TOKENS):
             width = len(rests[chunk[-1]])
             part = self._expanded(prefix, len(chunk)) if prefix else row_cache(self.model.config)
             part_mask, logits, hidden = self._prefill_chunk([rests[i] for i in chunk], width, len(prefix), part)
@@ -410,6 +410,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     On a CPU without AMX or AVX512-BF16 a bf16 decoding step of SmolLM2-135M takes three times as long as fp32.
     """
+    if name not in ("auto", *DTYPES):
+        raise InvalidValue("dtype", name, f"auto, {', '.join(DTYPES)}")
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
@@ -460,44 +462,11 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _chunks_of_similar_length(rests: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices sorted by length, cut so that a padded chunk holds a bounded number of positions."""
-    chunks: list[list[int]] = []
-    for i in sorted(range(len(rests)), key=lambda i: len(rests[i])):
-        if chunks and (len(chunks[-1]) + 1) * len(rests[i]) <= _PREFILL_TOKENS:
-            chunks[-1].append(i)
-        else:
-            chunks.append([i])
-    return chunks
-
-
 def _gathered(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """(T,) log-probs of tokens under logits (T, V)."""
     logits = logits.float()
     index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
     return logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def _chunks_by_prompt(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], batch_tokens: int
-) -> list[list[int]]:
-    """Indices of the completions that have tokens, equal prompts side by side, cut so that a padded chunk holds at
-    most `batch_tokens` positions of completions, whose logits are held, and a few times as many with the prompts, whose
-    keys and values are held."""
-    chunks: list[list[int]] = []
-    longest = 0
-    present = [i for i, row in enumerate(completion_ids) if len(row)]
-    for i in sorted(present, key=lambda i: (len(prompt_ids[i]), tuple(prompt_ids[i]), len(completion_ids[i]))):
-        wider = max(longest, len(completion_ids[i]))
-        rows = len(chunks[-1]) + 1 if chunks else 1
-        behind_prompts = rows * (len(prompt_ids[i]) + wider) <= _CACHED_PER_SCORED * batch_tokens
-        if chunks and rows * wider <= batch_tokens and behind_prompts:
-            chunks[-1].append(i)
-            longest = wider
-        else:
-            chunks.append([i])
-            longest = len(completion_ids[i])
-    return chunks
 
 
 def _copy_into(

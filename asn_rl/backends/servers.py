@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import queue
+import random
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -94,10 +95,13 @@ class ServerPool:
     """
 
     def __init__(self, config: ServersConfig) -> None:
+        state = random.getstate()
         try:
             from asn_rl.backends._server_dispatch import Server
         except ImportError as error:
             raise ConfigError(f"inference servers need {error.name}; run: pip install 'asn_rl[servers]'") from error
+        finally:
+            random.setstate(state)  # importing httpx draws from it
         self.config = config
         self._headers = _headers(config.api_key_env)
         self._servers = [Server(url.rstrip("/")) for url in config.urls]

@@ -42,28 +42,31 @@ def prompts(job: Job) -> dict[str, list[Prompt]]:
     return read_prompts(path)
 
 
-def store(job: Job, split: str) -> CandidateStore:
-    """The candidates of a split, as far as they are there."""
-    heuristics = tuple(arm.name for arm in job.arms)
-    grid = Grid(tuple(prompt.id for prompt in prompts(job)[split]), heuristics, job.config.generate.seeds)
-    return CandidateStore(grid, job.run / "candidates" / split)
+def stores(job: Job) -> dict[str, CandidateStore]:
+    """The candidates of each split, as far as they are there; one pass over all records."""
+    heuristics, seeds = tuple(arm.name for arm in job.arms), job.config.generate.seeds
+    grids = {split: Grid(tuple(p.id for p in part), heuristics, seeds) for split, part in prompts(job).items()}
+    return {split: CandidateStore(grids[split], job.run / "candidates" / split) for split in SPLITS}
 
 
-def generate(job: Job) -> None:
+def generate(job: Job) -> dict[str, CandidateStore]:
     """Complete every prompt under every heuristic and seed. Writes `candidates/`; cells that are there are passed
-    over."""
-    for split in SPLITS:
-        candidates = store(job, split)
-        if candidates.present.all():
-            continue
-        by_id = {prompt.id: prompt for prompt in prompts(job)[split]}
-        fixed = [arm.name for arm in job.arms if arm.deterministic]
-        if job.config.generate.servers is None:
-            policies = {arm.name: arm.policy for arm in job.arms}
-            source = generating.InProcess(job.backend, policies, by_id, job.config.rollout, fixed)
-            generating.generate(candidates, source, candidates.folder)
-        else:
-            _generate_on_servers(job, job.config.generate.servers, candidates, by_id, fixed)
+    over. Returns the candidates of each split."""
+    found = stores(job)
+    missing = [split for split, candidates in found.items() if not candidates.present.all()]
+    for split in missing:
+        _generate(job, found[split], {prompt.id: prompt for prompt in prompts(job)[split]})
+    return stores(job) if missing else found
+
+
+def _generate(job: Job, candidates: CandidateStore, by_id: dict[str, Prompt]) -> None:
+    fixed = [arm.name for arm in job.arms if arm.deterministic]
+    if job.config.generate.servers is not None:
+        return _generate_on_servers(job, job.config.generate.servers, candidates, by_id, fixed)
+    policies = {arm.name: arm.policy for arm in job.arms}
+    source = generating.InProcess(job.backend, policies, by_id, job.config.rollout, fixed)
+    generating.generate(candidates, source, candidates.folder)
+    return None
 
 
 def _generate_on_servers(
@@ -87,26 +90,27 @@ def _generate_on_servers(
 
 def verify(job: Job) -> dict[str, Verification]:
     """Check the candidates of each split against the cross product."""
-    return {split: verified(store(job, split)) for split in SPLITS}
+    return {split: verified(candidates) for split, candidates in stores(job).items()}
 
 
-def label(job: Job, engine: labelling.Engine = labelling.local_engine) -> None:
-    """Score every candidate. Writes `labels/`; prompts that are done are passed over.
+def label(job: Job, engine: labelling.Engine = labelling.local_engine) -> dict[str, CandidateStore]:
+    """Score every candidate. Writes `labels/`; prompts that are done are passed over. Returns the candidates of each
+    split.
 
     Raises:
         DataError: a cell has two different texts.
     """
-    generate(job)
-    for split in SPLITS:
-        candidates = store(job, split)
-        found = verified(candidates)
-        if not found.ok:
+    found, texts = generate(job), prompts(job)
+    for split, candidates in found.items():
+        checked = verified(candidates)
+        if not checked.ok:
             raise DataError(
-                f"the candidates of the {split} split contradict each other:\n  " + "\n  ".join(found.lines()) + "\n"
+                f"the candidates of the {split} split contradict each other:\n  " + "\n  ".join(checked.lines()) + "\n"
                 "Remove the wrong lines and run the same command again"
             )
-        by_id = {prompt.id: prompt for prompt in prompts(job)[split]}
+        by_id = {prompt.id: prompt for prompt in texts[split]}
         labelling.label(_scorers(job, split), candidates, by_id, job.run / "labels" / split, engine)
+    return found
 
 
 def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
@@ -115,17 +119,15 @@ def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
     path = job.run / "selection.json"
     if path.exists():
         return json.loads(path.read_text())
-    label(job)
-    found = prompts(job)
-    strata = {split: job.strata(found[split]) for split in SPLITS}
-    stores = {split: store(job, split) for split in SPLITS}
-    scores = {split: _labels(job, split, stores[split]) for split in SPLITS}
+    found, texts = label(job), prompts(job)
+    strata = {split: job.strata(texts[split]) for split in SPLITS}
+    scores = {split: _labels(job, split, found[split]) for split in SPLITS}
     names = unique_names(job.scorers)[: len(job.config.labellers or job.config.rewards)]
     weights = {name: config.weight for name, config in zip(names, job.scorers, strict=False)}
     own = {name: scores["train"][name] for name in names}
-    selecting.select(stores["train"], own, weights, strata["train"], job.config.select, job.run / "selected", engine)
+    selecting.select(found["train"], own, weights, strata["train"], job.config.select, job.run / "selected", engine)
 
-    rewards = {split: _rewards(job, split, stores[split], scores[split]) for split in SPLITS}
+    rewards = {split: _rewards(job, split, found[split], scores[split]) for split in SPLITS}
     means = {arm.name: masked_mean(rewards["selection"][:, j]) for j, arm in enumerate(job.arms)}  # (P,) each
     oracle, static = split_half_oracle(rewards["train"].swapaxes(0, 1), strata["train"])
     selection = {
@@ -171,8 +173,7 @@ def fit_reward_model(job: Job, labeller: str, folder: Path) -> RewardModelReport
     names = unique_names(job.scorers)
     if labeller not in names:
         raise UnknownName("labeller of this run", labeller, names)
-    label(job)
-    candidates = store(job, "train")
+    candidates = label(job)["train"]
     scores = _labels(job, "train", candidates)[labeller].scores
     by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
     cells = [(i, j, k) for i, j, k in np.argwhere(candidates.present).tolist()]

@@ -68,6 +68,12 @@ def read_records(folder: Path, schema: str) -> Iterator[tuple[str, Record]]:
 
 def read_file(path: Path, schema: str) -> Iterator[tuple[str, Record]]:
     """(where, record) of every line of one file; see `read_records`."""
+    return ((where, record) for where, _, record in read_located(path, schema))
+
+
+def read_located(path: Path, schema: str) -> Iterator[tuple[str, int, Record]]:
+    """(where, byte offset, record) of every line of one file; see `read_records`."""
+    offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
@@ -84,7 +90,8 @@ def read_file(path: Path, schema: str) -> Iterator[tuple[str, Record]]:
                     f"{where} has schema {found!r}, this version reads {schema!r}; generate and label again in a new "
                     "run folder, or use the version that wrote it"
                 )
-            yield where, record
+            yield where, offset, record
+            offset += len(line)
 
 
 def candidate_record(candidate: Candidate) -> Record:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from asn_rl.labelling.grid import Grid
-from asn_rl.labelling.records import CANDIDATE, as_candidate, read_file, shards
+from asn_rl.labelling.records import CANDIDATE, as_candidate, read_located, shards
 from asn_rl.types import Candidate
 
 Location = tuple[Path, int]
@@ -50,9 +49,7 @@ class CandidateStore:
 
     def _scan(self, path: Path) -> None:
         self.files.append(path)
-        offsets = _line_offsets(path)
-        for where, record in read_file(path, CANDIDATE):
-            offset = next(offsets)
+        for where, offset, record in read_located(path, CANDIDATE):
             candidate = as_candidate(record, where)
             cell = self.grid.index(candidate.key, where)
             digest = _digest(candidate)
@@ -87,14 +84,6 @@ def read_candidates(locations: list[Location]) -> list[Candidate]:
             lines.seek(offset)
             found.append(as_candidate(json.loads(lines.readline()), f"{path}, byte {offset}"))
     return found
-
-
-def _line_offsets(path: Path) -> Iterator[int]:
-    offset = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            yield offset
-            offset += len(line)
 
 
 def _digest(candidate: Candidate) -> np.uint64:

@@ -16,7 +16,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asn_rl.backends import BackendConfig, shared_backend
+from asn_rl.backends.batching import chunks_of_similar_length
 from asn_rl.checkpoint import CONFIG, FORMAT_VERSION, WEIGHTS, atomic_folder
 from asn_rl.config import from_dict, to_dict
 from asn_rl.errors import AsnError, CheckpointError, InvalidValue, RewardError
@@ -119,7 +119,7 @@ def features(backend: HFBackend, rows: Sequence[tuple[Sequence[int], Sequence[in
         raise InvalidValue("layer", layer, f"in [0, {layers}], the base model's hidden layers")
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     found = torch.empty(len(rows), 2 * _width(backend))
-    for part in _batches(lengths):
+    for part in chunks_of_similar_length(lengths, BATCH_TOKENS):
         width = lengths[part[-1]]
         ids = torch.zeros(len(part), width, dtype=torch.long)
         inside = torch.zeros(len(part), width, dtype=torch.bool)
@@ -144,17 +144,6 @@ def _states(backend: HFBackend, ids: Tensor, ends: Tensor, layer: int) -> tuple[
     )
     states = output.hidden_states
     return states[-1][torch.arange(len(ids), device=backend.device), ends], states[layer]
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in ascending length, cut so that a padded batch holds `BATCH_TOKENS` positions at most, or one row."""
-    parts: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if parts and (len(parts[-1]) + 1) * lengths[i] <= BATCH_TOKENS:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
 
 
 def _width(backend: HFBackend) -> int:
@@ -219,7 +208,6 @@ def _tensors(head: Head) -> dict[str, Tensor]:
     return {name: getattr(head, name).contiguous() for name in _TENSORS}
 
 
-@cache
 def load_features(base_model: BackendConfig) -> HFBackend:
     """The process-wide base model of these settings.
 

@@ -11,7 +11,7 @@ correctness (0.39 of right-against-wrong pairs where chance is 0.5).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue, RewardError
 from asn_rl.ops.pairwise import bradley_terry, swiss_pairs, swiss_rounds
-from asn_rl.rewards.inputs import completion_text
+from asn_rl.rewards.inputs import completion_text, group_keys
 
 if TYPE_CHECKING:
     from asn_rl.backends.hf import HFBackend
@@ -117,7 +117,7 @@ def pairwise_judge(
         BackendError, UnknownName: no such model.
         InvalidValue: an argument out of range.
     """
-    keys = _tournament_keys(prompts, columns)
+    keys = group_keys(prompts, {"prompt_id": columns.get("prompt_id")})  # not `group`: heuristics meet
     members: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         members.setdefault(key, []).append(i)
@@ -300,21 +300,11 @@ class LetterJudge:
 def _letter_judge(model: str, dtype: Any, device: str, chat_template: bool, batch_size: int) -> LetterJudge:
     """The process-wide judge of these settings."""
     from asn_rl.backends import BackendConfig, shared_backend
-    from asn_rl.backends.hf import DTYPES, HFBackend
+    from asn_rl.backends.hf import HFBackend
 
-    if dtype not in ("auto", *DTYPES):
-        raise InvalidValue("dtype", dtype, f"auto, {', '.join(DTYPES)}")
     backend = shared_backend(BackendConfig("hf", model, dtype, device, chat_template))
     assert isinstance(backend, HFBackend)
     return LetterJudge(backend, batch_size, COUNTS)
-
-
-def _tournament_keys(prompts: Sequence[Any], columns: Mapping[str, Any]) -> list[Hashable]:
-    keys: list[Hashable] = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
-    cells = columns.get("prompt_id")
-    if cells is None:
-        return keys
-    return [key if cell is None else ("prompt_id", cell) for key, cell in zip(keys, cells, strict=True)]
 
 
 def _request(prompt: Any) -> str:

@@ -8,7 +8,6 @@ special token is added a second time there.
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -199,10 +198,8 @@ def _classifier(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pr
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from asn_rl.backends.hf import DTYPES, resolve_dtype
+    from asn_rl.backends.hf import resolve_dtype
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InvalidValue("dtype", dtype, f"auto, {', '.join(DTYPES)}")
     try:
         config = AutoConfig.from_pretrained(name)
         if config.num_labels != 1:
@@ -268,11 +265,7 @@ def _served_score(kind: Kind, answer: Any) -> float | None:
 def _servers(urls: tuple[str, ...], concurrency: int, timeout_s: float, retries: int) -> ServerPool:
     from asn_rl.backends.servers import ServerPool, ServersConfig
 
-    state = random.getstate()
-    try:  # the pool imports httpx, and that import draws from the global random state
-        return ServerPool(ServersConfig(urls=urls, concurrency=concurrency, timeout_s=timeout_s, retries=retries))
-    finally:
-        random.setstate(state)
+    return ServerPool(ServersConfig(urls=urls, concurrency=concurrency, timeout_s=timeout_s, retries=retries))
 
 
 COUNTS: Counter[str] = Counter()

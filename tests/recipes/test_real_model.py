@@ -17,7 +17,7 @@ from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.config import load_config
 from asn_rl.data.store import load_trajectories
 from asn_rl.job import Job, JobConfig, compare, distil, reinforce, select
-from asn_rl.job.labelling import store
+from asn_rl.job.labelling import stores
 from asn_rl.labelling.labels import read_labels
 from asn_rl.labelling.selected import read_targets
 from asn_rl.metrics import read_metrics
@@ -65,7 +65,7 @@ def test_selection_names_a_target_for_every_labelled_prompt(job: Job) -> None:
 
 def test_labels_of_candidates_are_the_rewards_of_the_same_rollout(job: Job) -> None:
     """The two paths of one implementation, on the real model: rollout -> reward, and candidate -> label."""
-    candidates = store(job, "train")
+    candidates = stores(job)["train"]
     prompts = [prompt for prompt in job.prompts_to_label("train") for _ in candidates.grid.seeds]
     config, seeds = job.config.rollout, list(candidates.grid.seeds) * 4
     run = rollout(job.arms[1].policy, job.backend, prompts, config, seed=seeds)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, VOCAB, tiny_backend
 
 from asn_rl import backends
-from asn_rl.backends import BackendConfig, hf, shared_backend
+from asn_rl.backends import BackendConfig, shared_backend
+from asn_rl.backends.batching import chunks_by_prompt
 from asn_rl.backends.hf import HFBackend
 from asn_rl.errors import InvalidValue
 from asn_rl.rewards.coherence import COUNTS, log_likelihood, mean_logprobs, repetition_rate
@@ -90,7 +91,7 @@ def test_chunks_hold_each_completion_once_and_no_more_than_they_may(
     lengths: list[tuple[int, int]], batch_tokens: int
 ) -> None:
     prompts, rows = [[1] * p for p, _ in lengths], [[2] * n for _, n in lengths]
-    chunks = hf._chunks_by_prompt(prompts, rows, batch_tokens)
+    chunks = chunks_by_prompt(prompts, rows, batch_tokens)
     assert sorted(i for chunk in chunks for i in chunk) == [i for i, row in enumerate(rows) if row]
     for chunk in chunks:
         prompt, width = (max(len(part[i]) for i in chunk) for part in (prompts, rows))
