@@ -6,10 +6,9 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asn_rl.protocols import Policy
-from asn_rl.types import Observation
 
 
 def device_of(policy: Policy) -> torch.device:
@@ -24,9 +23,3 @@ def place(policy: Policy, device: torch.device) -> None:
     """Move a policy, in place."""
     if isinstance(policy, nn.Module):
         policy.to(device)
-
-
-@torch.no_grad()
-def recorded_logprobs(policy: Policy, obs: Observation) -> Tensor:
-    """(..., N) log-probs of a stateless policy on recorded observations, computed on its device, back on the CPU."""
-    return policy(obs.to(device_of(policy))).logprobs.cpu()

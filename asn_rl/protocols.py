@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Session(Protocol):
     """(B, V) next-token logits of the active rows"""
     hidden: Tensor | None
     """(B, D) last hidden state of the active rows, or None when it was not asked for"""
+    layer_logits: Tensor | None
+    """(B, L, V) logits of the earlier layers that were asked for, through the model's own head; None: of none"""
 
     def drop(self, finished: Tensor) -> Tensor:
         """Remove rows where `finished` (B,) is True. Returns the (B',) old indices of the remaining rows, in their
@@ -65,6 +67,18 @@ class Session(Protocol):
     def step(self, tokens: Tensor) -> None:
         """Append one token (B,) to every active row and compute the next `logits`."""
         ...
+
+
+class Scored(NamedTuple):
+    """What teacher forcing says of one completion of T tokens."""
+
+    index: int
+    logits: Tensor
+    """(T, V) that predict each of its tokens"""
+    hidden: Tensor | None
+    """(T, D) hidden states, if asked for"""
+    layer_logits: Tensor | None
+    """(T, L, V) of the earlier layers that were asked for"""
 
 
 class LogitsBackend(Protocol):
@@ -90,15 +104,26 @@ class LogitsBackend(Protocol):
         """Completion ids to text, special tokens left out."""
         ...
 
-    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> Session:
-        """Prefill; row i * repeats + g is the g-th generation of prompt i."""
+    def start(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        repeats: int = 1,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> Session:
+        """Prefill; row i * repeats + g is the g-th generation of prompt i. `layers` count from 1."""
         ...
 
     def score_many(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, hidden: bool = False
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Teacher forcing, in any order: index of a completion, logits (T, V) that predict each of its tokens, and
-        hidden states (T, D) if asked for. A completion without tokens is passed over."""
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> Iterator[Scored]:
+        """Teacher forcing, in any order. A completion without tokens is passed over."""
         ...
 
 

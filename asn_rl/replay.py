@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from asn_rl.errors import DataError
+from asn_rl.observing import checked_needs, history_entry, layer_entry
 from asn_rl.ops.context import context_vector
+from asn_rl.ops.history import History, empty_history, remember
 from asn_rl.ops.sketch import build_sketch, points_of
 from asn_rl.placement import place
-from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.rollout import RolloutConfig, checked_needs, checked_probs, concatenate, encoded_prompts
-from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
+from asn_rl.protocols import LogitsBackend, Policy, Scored
+from asn_rl.rollout import RolloutConfig, captured_layers, checked_probs, concatenate, encoded_prompts
+from asn_rl.types import PER_COMPLETION, Observation, PolicyOutput, Prompt, Trajectories
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ def replay(
     encoded = encoded_prompts(backend, prompts, config.max_new_tokens)
     hidden = bool(checked_needs(policy) & {"hidden", "prompt_embedding"})
     parts: dict[int, Trajectories] = {}
-    for i, logits, states in backend.score_many(encoded, ids, hidden=hidden):
+    layers = captured_layers(checked_needs(policy), config)
+    for scored in backend.score_many(encoded, ids, hidden=hidden, layers=layers):
+        i = scored.index
         row = _Row(prompts[i], encoded[i], ids[i], 0 if sample is None else sample[i], _row(conditions, i))
-        parts[i] = _replay_one(policy, backend, row, logits, states, config)
+        parts[i] = _replay_one(policy, backend, row, scored, config)
     parts_in_order = [parts[i] for i in range(len(prompts))]
     trajectories = concatenate(parts_in_order)
     if logprobs is None:
@@ -118,14 +122,15 @@ def _replay_one(
     policy: Policy,
     backend: LogitsBackend,
     row: _Row,
-    logits: Tensor,
-    hidden: Tensor | None,
+    scored: Scored,
     config: RolloutConfig,
 ) -> Trajectories:
-    """A trajectory of logits (T, V) and hidden states (T, D)."""
     needs, device, ids = checked_needs(policy), backend.device, row.ids
+    logits, hidden = scored.logits, scored.hidden
     tokens = torch.tensor(ids, device=device).unsqueeze(-1)
-    sketch, point_map = build_sketch(logits, config.size)
+    history = _histories(ids, config.tracked, device) if "history" in needs else None
+    sketch, point_map = build_sketch(logits, config.size, None if history is None else history.tokens)
+    seen = (logits, sketch, point_map)
     points = points_of(logits, tokens, point_map)
     if (points < 0).any():
         t = int((points < 0).flatten().nonzero()[0])
@@ -140,8 +145,12 @@ def _replay_one(
     embedding = hidden[:1] if hidden is not None and "prompt_embedding" in needs else None
     own_hidden = hidden if "hidden" in needs else None
     condition = None if row.condition is None else row.condition.unsqueeze(0).to(device)
-    obs = Observation(sketch, context, own_hidden, _spread(embedding, len(ids)), _spread(condition, len(ids)))
-    output = _run_policy(policy, obs, device)
+    last_point = torch.cat([points.new_full((1,), -1), points[:-1, 0]]) if "last_point" in needs else None
+    history_now = None if history is None else history_entry(*seen, history, position.unsqueeze(-1))
+    layer_now = None if scored.layer_logits is None else layer_entry(*seen, scored.layer_logits)
+    obs = Observation(sketch, context, own_hidden, embedding, condition, last_point, history_now, layer_now)
+    spread = {name: _spread(getattr(obs, name), len(ids)) for name in PER_COMPLETION}
+    output = _run_policy(policy, replace(obs, **spread), device)
     inner = base - sketch.log_mass.gather(-1, points).squeeze(-1)
     return Trajectories(
         prompts=[row.prompt],
@@ -150,7 +159,7 @@ def _replay_one(
         completion_ids=[ids],
         completions=[backend.decode(ids)],
         terminated=torch.tensor([ids[-1] in backend.eos_token_ids]),
-        observations=Observation(sketch, context, own_hidden, embedding, condition).to("cpu"),
+        observations=obs.to("cpu"),
         points=points.squeeze(-1).cpu(),
         behaviour_logprobs=(output.gather(-1, points).squeeze(-1) + inner).cpu(),
         base_logprobs=base.cpu(),
@@ -171,6 +180,16 @@ def _run_policy(policy: Policy, obs: Observation, device: torch.device) -> Tenso
         checked_probs(policy, output.logprobs)
         rows.append(output.logprobs)
     return torch.cat(rows)
+
+
+def _histories(ids: Sequence[int], bound: int, device: torch.device) -> History:
+    """(T, P) tables of one completion: what was known before each of its tokens."""
+    now = empty_history(1, bound, device)
+    tables = []
+    for t, token in enumerate(ids):
+        tables.append(now)
+        now = remember(now, torch.tensor([token], device=device), t)
+    return History(*(torch.cat(column) for column in zip(*tables, strict=True)))
 
 
 def _spread(row: Tensor | None, length: int) -> Tensor | None:

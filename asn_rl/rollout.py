@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from asn_rl.errors import DataError, InvalidPolicyOutput, InvalidValue
+from asn_rl.observing import checked_entries, checked_needs, history_entry, layer_entry
 from asn_rl.ops.context import context_vector
+from asn_rl.ops.history import empty_history, remember
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, Trajectories
+from asn_rl.types import OPTIONAL_INPUTS, PER_TOKEN, Observation, Prompt, Trajectories
 
 Probe = Callable[[Tensor, Sketch, PointMap], Tensor]
 """(logits (B, V), sketch, point map) -> (B, ...): something to record at every token"""
@@ -40,12 +42,20 @@ class RolloutConfig:
     """bins of probability below the head, one sketch point each"""
     max_batch: int = 256
     """completions decoded at a time; memory and speed, not results, depend on it"""
+    tracked: int = 32
+    """generated tokens, the latest distinct ones, that are sketch points of their own where a policy reads `history`"""
+    layers: tuple[int, ...] = ()
+    """earlier layers, counted from 1, whose log-probs are captured where a policy reads `layer_logprobs`"""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InvalidValue("max_new_tokens", self.max_new_tokens, ">= 1", "a completion needs at least one token")
         if self.max_batch < 1:
             raise InvalidValue("max_batch", self.max_batch, ">= 1")
+        if self.tracked < 1:
+            raise InvalidValue("tracked", self.tracked, ">= 1", "it acts only where a policy reads `history`")
+        if any(layer < 1 for layer in self.layers) or len(set(self.layers)) != len(self.layers):
+            raise InvalidValue("layers", list(self.layers), "different numbers >= 1, counted from the first layer")
         SketchSize(self.head, self.tail)
 
     @property
@@ -109,7 +119,7 @@ def rollout(
                 num_generations,
                 seeds[part],
                 None if conditions is None else conditions[part],
-                _checked_entries("capture", capture) | checked_needs(policy),
+                checked_entries("capture", capture) | checked_needs(policy),
                 probes or {},
                 on_token,
             )
@@ -134,7 +144,8 @@ def _rollout_batch(
     keys = [(seed, prompt.id, g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(repeats)]
     batch = len(keys)
     uniforms = torch.from_numpy(np.stack([uniform_stream(*key, budget) for key in keys])).to(device)
-    session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}))
+    layers = captured_layers(needs, config)
+    session = backend.start(ids, repeats=repeats, hidden=bool(needs & {"hidden", "prompt_embedding"}), layers=layers)
     embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
     condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
     state = policy.initial_state(batch, device)
@@ -142,16 +153,21 @@ def _rollout_batch(
 
     rows = torch.arange(batch, device=device)
     last, total = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
+    last_point = torch.full((batch,), -1, device=device)
+    history = empty_history(batch, config.tracked, device) if "history" in needs else None
     record = _Record(batch)
     for t in range(budget):
-        sketch, point_map = build_sketch(session.logits, config.size)
-        position = torch.full_like(last, t)
+        sketch, point_map = build_sketch(session.logits, config.size, None if history is None else history.tokens)
+        position, seen = torch.full_like(last, t), (session.logits, sketch, point_map)
         obs = Observation(
             sketch,
             context_vector(sketch, position, budget - position, last, total),
             hidden=session.hidden if "hidden" in needs else None,
             prompt_embedding=None if embedding is None else embedding[rows],
             condition=None if condition is None else condition[rows],
+            last_point=last_point if "last_point" in needs else None,
+            history=None if history is None else history_entry(*seen, history, t),
+            layer_logprobs=None if session.layer_logits is None else layer_entry(*seen, session.layer_logits),
         )
         output = policy(obs, state)
         points = invert_cdf(checked_probs(policy, output.logprobs), uniforms[rows, t, 0])
@@ -168,10 +184,12 @@ def _rollout_batch(
         record.terminated[rows[finished].cpu()] = True
         if finished.all() or t + 1 == budget:
             break
-        state, last, total = output.state, -base.squeeze(-1), total - base.squeeze(-1)
+        state, last, total, last_point = output.state, -base.squeeze(-1), total - base.squeeze(-1), points
+        history = None if history is None else remember(history, tokens, t)
         if finished.any():
             order = session.drop(finished)
-            rows, last, total, tokens = rows[order], last[order], total[order], tokens[order]
+            rows, last, total, tokens, last_point = (part[order] for part in (rows, last, total, tokens, last_point))
+            history = None if history is None else history.index(order)
             state = None if state is None else {name: value[order] for name, value in state.items()}
         session.step(tokens)
     everyone = [prompt for prompt in prompts for _ in range(repeats)]
@@ -210,8 +228,7 @@ class _Record:
             "context": obs.context,
             **{f"extra/{name}": value for name, value in extras.items()},
         }
-        if obs.hidden is not None:
-            entry["hidden"] = obs.hidden
+        entry |= {name: part for name in PER_TOKEN if (part := getattr(obs, name)) is not None}
         self.steps.append({name: value.cpu() for name, value in entry.items()})
 
     def trajectories(
@@ -239,9 +256,9 @@ class _Record:
             observations=Observation(
                 Sketch(flat["log_mass"], flat["log_count"], flat["inner_entropy"]),
                 flat["context"],
-                flat.get("hidden"),
-                None if embedding is None else embedding.cpu(),
-                None if condition is None else condition.cpu(),
+                prompt_embedding=None if embedding is None else embedding.cpu(),
+                condition=None if condition is None else condition.cpu(),
+                **{name: flat.get(name) for name in PER_TOKEN},
             ),
             points=flat["points"],
             behaviour_logprobs=flat["logprobs"],
@@ -278,9 +295,7 @@ def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
                 must(lambda part: part.observations.sketch.inner_entropy),
             ),
             must(lambda part: part.observations.context),
-            join(lambda part: part.observations.hidden),
-            join(lambda part: part.observations.prompt_embedding),
-            join(lambda part: part.observations.condition),
+            **{name: join(lambda part, name=name: getattr(part.observations, name)) for name in OPTIONAL_INPUTS},
         ),
         points=must(lambda part: part.points),
         behaviour_logprobs=must(lambda part: part.behaviour_logprobs),
@@ -309,14 +324,17 @@ def checked_probs(policy: Policy, logprobs: Tensor) -> Tensor:
     return probs
 
 
-def checked_needs(policy: Policy) -> frozenset[str]:
-    return _checked_entries("policy.needs", policy.needs)
+def captured_layers(needs: frozenset[str], config: RolloutConfig) -> tuple[int, ...]:
+    """Earlier layers that the base model is asked for.
 
-
-def _checked_entries(what: str, names: Collection[str]) -> frozenset[str]:
-    if set(names) - OPTIONAL_INPUTS:
-        raise InvalidValue(what, sorted(names), f"a subset of {sorted(OPTIONAL_INPUTS)}")
-    return frozenset(names)
+    Raises:
+        InvalidValue: a policy reads them and none is named.
+    """
+    if "layer_logprobs" not in needs:
+        return ()
+    if not config.layers:
+        raise InvalidValue("rollout.layers", [], "at least one layer", "the policy reads `layer_logprobs`")
+    return config.layers
 
 
 def encoded_prompts(backend: LogitsBackend, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

@@ -71,7 +71,13 @@ class Observation:
     prompt_embedding: Tensor | None = None
     """(..., D) fp32 hidden state at the last prompt token"""
     condition: Tensor | None = None
-    """(..., n) fp32 one-hot or soft choice the policy is conditioned on"""
+    """(..., n) fp32 one-hot or soft choice, or numbers such as a target, that the policy is conditioned on"""
+    last_point: Tensor | None = None
+    """(...) int64 point that was drawn at the step before; -1 at the first"""
+    history: Tensor | None = None
+    """(..., N, 2) fp32, entries as in `asn_rl.ops.history.HISTORY`: what the generated text says of a point's token"""
+    layer_logprobs: Tensor | None = None
+    """(..., N, L) fp32 log-probability of a point's typical token at L earlier layers, through the model's own head"""
 
     def index(self, rows: Tensor | slice) -> Observation:
         """The same observation at some leading indices."""
@@ -84,8 +90,10 @@ class Observation:
         return Observation(sketch, self.context.to(device), **{name: part.to(device) for name, part in present.items()})
 
 
-OBSERVATION_TENSORS = ("context", "hidden", "prompt_embedding", "condition")
-OPTIONAL_INPUTS = frozenset(OBSERVATION_TENSORS[1:])
+PER_TOKEN = ("hidden", "last_point", "history", "layer_logprobs")
+"""optional entries of an observation that change from token to token"""
+PER_COMPLETION = ("prompt_embedding", "condition")
+OPTIONAL_INPUTS = frozenset(PER_TOKEN + PER_COMPLETION)
 
 
 def _at(tensor: Tensor | None, rows: Tensor | slice) -> Any:
@@ -152,13 +160,9 @@ class Trajectories:
     def _observations(self, tokens: Tensor | slice, rows: Tensor) -> Observation:
         """Per-token entries at `tokens`, per-completion entries at `rows`."""
         obs = self.observations
-        return Observation(
-            obs.sketch.index(tokens),
-            obs.context[tokens],
-            _at(obs.hidden, tokens),
-            _at(obs.prompt_embedding, rows),
-            _at(obs.condition, rows),
-        )
+        changing = {name: _at(getattr(obs, name), tokens) for name in PER_TOKEN}
+        fixed = {name: _at(getattr(obs, name), rows) for name in PER_COMPLETION}
+        return Observation(obs.sketch.index(tokens), obs.context[tokens], **changing, **fixed)
 
     def select(self, keep: Sequence[int]) -> Trajectories:
         """Some completions, in the order given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,13 @@ torch.set_num_threads(1)
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A job sets the threads of its process; the next test starts with one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import torch
 from asn_rl.ops.context import entropy
 from asn_rl.ops.divergences import kl
 from asn_rl.ops.logprobs import entropy as point_entropy
-from asn_rl.placement import recorded_logprobs
 from asn_rl.protocols import Policy
 from asn_rl.types import Trajectories
+from asn_rl.unroll import recorded_logprobs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def transfer_curves(
     positions: int = 40,
     seed: int = 0,
 ) -> TransferCurves:
-    """Curves at positions whose base entropy lies between the `low` and `high` quantiles. Stateless policies only.
+    """Curves at positions whose base entropy lies between the `low` and `high` quantiles.
 
     Points that the policy removes are left out.
     """
@@ -45,7 +45,7 @@ def transfer_curves(
     generator = torch.Generator().manual_seed(seed)
     which = found[torch.randperm(len(found), generator=generator)[:positions]]
     obs = trajectories.per_token(which)
-    shift = recorded_logprobs(policy, obs) - obs.sketch.log_mass
+    shift = recorded_logprobs(policy, trajectories)[which] - obs.sketch.log_mass
     keep = torch.isfinite(shift)
     return TransferCurves(
         f"{title} (base entropy {bounds[0]:.2f} to {bounds[1]:.2f} nats)",
@@ -73,13 +73,13 @@ class Difference:
 def largest_differences(
     policy: Policy, other: Policy, trajectories: Trajectories, pieces: Sequence[Sequence[str]], *, count: int = 12
 ) -> list[Difference]:
-    """Where two stateless policies differ most along the completions of the first; one position a completion.
+    """Where two policies differ most along the completions of the first; one position a completion.
 
     Args:
         pieces: the text of every token, completion by completion.
     """
     obs = trajectories.per_token()
-    mine, theirs = recorded_logprobs(policy, obs), recorded_logprobs(other, obs)
+    mine, theirs = recorded_logprobs(policy, trajectories), recorded_logprobs(other, trajectories)
     entropies = [point_entropy(logprobs) for logprobs in (obs.sketch.log_mass, mine, theirs)]
     # The other rule may cut what the policy uses; the divergence from policy to rule is then infinite. Report the
     # bounded one to the even mixture instead (half of the Jensen-Shannon divergence, at most log 2).

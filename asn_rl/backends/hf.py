@@ -24,6 +24,7 @@ from asn_rl.backends.batching import chunks_by_prompt, chunks_of_similar_length
 from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
 from asn_rl.errors import BackendError, InvalidValue
+from asn_rl.protocols import Scored
 from asn_rl.types import Messages
 
 if TYPE_CHECKING:
@@ -139,8 +140,15 @@ class HFBackend:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     @torch.inference_mode()
-    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> HFSession:
-        return HFSession(self, *self._prefill(prompt_ids, repeats), hidden=hidden)
+    def start(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        repeats: int = 1,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> HFSession:
+        return HFSession(self, *self._prefill(prompt_ids, repeats, layers), hidden=hidden, layers=layers)
 
     @torch.no_grad()  # not inference mode: what is returned here may be trained on
     def score(
@@ -149,7 +157,7 @@ class HFBackend:
         ids = torch.tensor([[*prompt_ids, *completion_ids]], device=self.device)
         with _CaptureHidden(self.model) as captured:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(completion_ids) + 1).logits
-        states = captured.value[0, :-1].float().clone() if hidden else None
+        states = captured.value[0, :-1, 0].float().clone() if hidden else None
         return logits[0, :-1].clone(), states
 
     def token_logprobs(
@@ -161,8 +169,8 @@ class HFBackend:
     ) -> list[Tensor]:
         """Log-probs of completions given their prompts: for each a (T,) tensor on the CPU, nats, fp32."""
         logprobs: list[Tensor] = [torch.empty(0)] * len(completion_ids)
-        for i, logits, _ in self.score_many(prompt_ids, completion_ids, batch_tokens=batch_tokens):
-            logprobs[i] = _gathered(logits, completion_ids[i]).cpu()
+        for scored in self.score_many(prompt_ids, completion_ids, batch_tokens=batch_tokens):
+            logprobs[scored.index] = _gathered(scored.logits, completion_ids[scored.index]).cpu()
         return logprobs
 
     @torch.no_grad()
@@ -172,10 +180,11 @@ class HFBackend:
         completion_ids: Sequence[Sequence[int]],
         *,
         hidden: bool = False,
+        layers: Sequence[int] = (),
         batch_tokens: int = _PREFILL_TOKENS,
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """What `score` gives one by one, to rounding (1e-4 in float32): index, logits (T, V), and hidden states (T, D)
-        if asked for, of every completion that has tokens, in any order.
+    ) -> Iterator[Scored]:
+        """What `score` gives one by one, to rounding (1e-4 in float32), of every completion that has tokens, in any
+        order.
 
         Completions are taken in chunks of similar length, equal prompts together; a prompt is computed once a chunk,
         and logits are held for one chunk.
@@ -186,21 +195,26 @@ class HFBackend:
         """
         scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
         for chunk in chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
-            parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk])
+            parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk], layers)
             for i, (logits, states) in zip(chunk, parts, strict=True):
-                yield i, logits, states.float() if hidden else None
+                own = states[:, 0].float() if hidden else None
+                yield Scored(i, logits, own, self.layer_logits(states[:, 1:]) if layers else None)
+
+    def layer_logits(self, states: Tensor) -> Tensor:
+        """(B, L, V) what the model's final norm and output embedding make of states (B, L, D) of earlier layers."""
+        return _output_embedding(self.model)(_final_norm(self.model)(states))
 
     def _scored_behind_prompts(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the prompts, one over the completions behind them, padded on the right."""
-        cache, mask, first, first_hidden = self._prefill(prompts, 1)
+        cache, mask, first, first_hidden = self._prefill(prompts, 1, layers)
         ids, real = self._padded_right([row[:-1] for row in completions])
         width = ids.shape[1]
         rest, rest_hidden = first[:, None][:, :0], first_hidden[:, None][:, :0]
         if width:
             positions = mask.sum(-1, keepdim=True) + torch.arange(width, device=self.device)
-            rest, rest_hidden = self._outputs(ids, torch.cat([mask, real], 1), positions, cache, width)
+            rest, rest_hidden = self._outputs(ids, torch.cat([mask, real], 1), positions, cache, width, layers)
         for i, row in enumerate(completions):
             later = slice(0, len(row) - 1)
             yield (
@@ -209,13 +223,13 @@ class HFBackend:
             )
 
     def _scored_whole(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over whole sequences without a cache: not every layer continues one by several tokens."""
         sequences = [[*prompt, *row] for prompt, row in zip(prompts, completions, strict=True)]
         ids, real = self._padded_right(sequences)
         skipped = min(map(len, prompts)) - 1
-        with _CaptureHidden(self.model) as captured:
+        with _CaptureHidden(self.model, layers) as captured:
             logits = self.model(
                 input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=ids.shape[1] - skipped
             ).logits
@@ -231,19 +245,28 @@ class HFBackend:
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         return ids, (torch.arange(width, device=self.device) < lengths[:, None]).long()
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) and hidden states (B, D) at the last column of `ids`."""
-        logits, hidden = self._outputs(ids, mask, positions, cache, 1)
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) and hidden states (B, 1 + L, D), the last one first, at the last column of `ids`."""
+        logits, hidden = self._outputs(ids, mask, positions, cache, 1, layers)
         return logits[:, -1], hidden[:, -1]
 
     def _outputs(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, keep: int
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache,
+        keep: int,
+        layers: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, keep, V) and hidden states (B, keep, D) at the last columns of `ids`, which extend the cache."""
+        """Logits (B, keep, V) and hidden states (B, keep, 1 + L, D) at the last columns of `ids`, which extend the
+        cache."""
         explicit: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             explicit["position_ids"] = positions
-        with _CaptureHidden(self.model) as captured:
+        with _CaptureHidden(self.model, layers) as captured:
             output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=keep, **explicit)
         return output.logits, captured.value
 
@@ -265,9 +288,9 @@ class HFBackend:
                     )
 
     def _prefill(
-        self, prompt_ids: Sequence[Sequence[int]], repeats: int
+        self, prompt_ids: Sequence[Sequence[int]], repeats: int, layers: Sequence[int]
     ) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-        """Cache, attention mask (B, slots), logits (B, V) and hidden states (B, D) for every row.
+        """Cache, attention mask (B, slots), logits (B, V) and hidden states (B, 1 + L, D) for every row.
 
         Each distinct prompt is computed once; `owner` says which one a row repeats.
         """
@@ -276,7 +299,7 @@ class HFBackend:
         owner = torch.tensor([index[tuple(ids)] for ids in prompt_ids], device=self.device).repeat_interleave(repeats)
         cache = row_cache(self.model.config)
         if not is_row_cache(cache):
-            mask, logits, hidden = self._prefill_chunk(list(distinct), max(map(len, distinct)), 0, cache)
+            mask, logits, hidden = self._prefill_chunk(list(distinct), max(map(len, distinct)), 0, cache, layers)
             cache.reorder_cache(owner)  # type: ignore[arg-type]
             return cache, mask[owner], logits[owner], hidden[owner]
 
@@ -292,7 +315,7 @@ class HFBackend:
         for chunk in chunks_of_similar_length(list(map(len, rests)), _PREFILL_TOKENS):
             width = len(rests[chunk[-1]])
             part = self._expanded(prefix, len(chunk)) if prefix else row_cache(self.model.config)
-            part_mask, logits, hidden = self._prefill_chunk([rests[i] for i in chunk], width, len(prefix), part)
+            part_mask, logits, hidden = self._prefill_chunk([rests[i] for i in chunk], width, len(prefix), part, layers)
             members = owner.unsqueeze(0) == torch.tensor(chunk, device=self.device).unsqueeze(1)
             source, rows = members.nonzero().unbind(1)
             columns = slice(shape[1] - width, shape[1])
@@ -304,7 +327,12 @@ class HFBackend:
         return cache, mask, logits[owner], hidden[owner]
 
     def _prefill_chunk(
-        self, rests: Sequence[Sequence[int]], width: int, offset: int, cache: DynamicCache
+        self,
+        rests: Sequence[Sequence[int]],
+        width: int,
+        offset: int,
+        cache: DynamicCache,
+        layers: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One left-padded pass. The cache already holds `offset` shared positions."""
         pad = self.tokenizer.pad_token_id or 0
@@ -313,7 +341,7 @@ class HFBackend:
         real = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
         mask = torch.cat([torch.ones(len(rests), offset, dtype=torch.bool, device=self.device), real], 1).long()
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, offset:]
-        logits, hidden = self.forward(ids, mask, positions, cache)
+        logits, hidden = self.forward(ids, mask, positions, cache, layers)
         return mask, logits, hidden
 
     def _shared_prefix(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -351,51 +379,84 @@ class HFSession:
         cache: DynamicCache,
         mask: Tensor,
         logits: Tensor,
-        hidden_states: Tensor,
+        states: Tensor,
         *,
         hidden: bool,
+        layers: Sequence[int],
     ) -> None:
         self.backend = backend
         self.cache = cache
         self.mask = mask
         self.position = mask.sum(-1)
-        self.want_hidden = hidden
-        self.logits = logits
-        self.hidden = hidden_states.float() if hidden else None
+        self.want_hidden, self.layers = hidden, tuple(layers)
+        self._see(logits, states)
 
     @torch.inference_mode()
     def drop(self, finished: Tensor) -> Tensor:
         order = drop_rows(self.cache, finished)
         self.mask, self.position, self.logits = self.mask[order], self.position[order], self.logits[order]
         self.hidden = None if self.hidden is None else self.hidden[order]
+        self.layer_logits = None if self.layer_logits is None else self.layer_logits[order]
         return order
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> None:
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self.logits, hidden = self.backend.forward(
-            tokens.unsqueeze(1), self.mask, self.position.unsqueeze(1), self.cache
-        )
-        self.hidden = hidden.float() if self.want_hidden else None
+        positions = self.position.unsqueeze(1)
+        self._see(*self.backend.forward(tokens.unsqueeze(1), self.mask, positions, self.cache, self.layers))
         self.position = self.position + 1
+
+    def _see(self, logits: Tensor, states: Tensor) -> None:
+        self.logits = logits
+        self.hidden = states[:, 0].float() if self.want_hidden else None
+        self.layer_logits = self.backend.layer_logits(states[:, 1:]) if self.layers else None
 
 
 class _CaptureHidden:
-    """The input of the output embedding: the hidden state as the language-model head reads it, for any model."""
+    """The input of the output embedding, the hidden state as the language-model head reads it, for any model; behind it
+    the outputs of some earlier layers. `value` is (B, keep, 1 + L, D) after a forward pass."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         self.head = _output_embedding(model)
+        self.layers = [_decoder_layer(model, layer) for layer in layers]
+        self.outputs: list[Tensor] = []
         self.value = torch.empty(0)
 
     def __enter__(self) -> _CaptureHidden:
-        self.handle = self.head.register_forward_pre_hook(self._keep)
+        self.handles = [layer.register_forward_hook(self._keep_layer) for layer in self.layers]
+        self.handles.append(self.head.register_forward_pre_hook(self._keep))
         return self
 
+    def _keep_layer(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
     def _keep(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.value = inputs[0]
+        keep = inputs[0].shape[1]
+        self.value = torch.stack([inputs[0], *(output[:, -keep:] for output in self.outputs)], 2)
 
     def __exit__(self, *exc: object) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
+
+
+def _decoder_layer(model: PreTrainedModel, layer: int) -> torch.nn.Module:
+    """The `layer`-th decoder layer, counted from 1; the last one is no earlier layer."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise BackendError(f"{type(model).__name__} has no list of {count} decoder layers; leave rollout.layers empty")
+    if not 1 <= layer < count:
+        raise InvalidValue("layer", layer, f"in [1, {count - 1}], the earlier layers of {type(model).__name__}")
+    return stacks[0][layer - 1]
+
+
+def _final_norm(model: PreTrainedModel) -> torch.nn.Module:
+    """What stands between the last decoder layer and the output embedding."""
+    for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
+        module = getattr(model.base_model, name, None)
+        if isinstance(module, torch.nn.Module):
+            return module
+    raise BackendError(f"{type(model).__name__} has no final norm of a known name; leave rollout.layers empty")
 
 
 def _output_embedding(model: PreTrainedModel) -> torch.nn.Module:

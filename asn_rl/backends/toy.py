@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asn_rl.errors import DataError, InvalidValue
+from asn_rl.protocols import Scored
 from asn_rl.types import Messages
 
 if TYPE_CHECKING:
@@ -66,17 +67,35 @@ class ToyBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(self.words[i] for i in token_ids if i not in self.eos_token_ids)
 
-    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> ToySession:
+    def start(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        repeats: int = 1,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> ToySession:
+        self._check_layers(layers)
         last = torch.tensor([ids[-1] for ids in prompt_ids], device=self.device)
         return ToySession(self, last.repeat_interleave(repeats), hidden)
 
     def score_many(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, hidden: bool = False
-    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> Iterator[Scored]:
+        self._check_layers(layers)
         for i, (prompt, row) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             if row:
                 before = torch.tensor([prompt[-1], *row[:-1]], device=self.device)
-                yield i, self.table[before], self.embed(before) if hidden else None
+                yield Scored(i, self.table[before], self.embed(before) if hidden else None, None)
+
+    def _check_layers(self, layers: Sequence[int]) -> None:
+        if layers:
+            raise InvalidValue("layers", list(layers), "none", "the toy backend is a table without layers")
 
     def embed(self, tokens: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(tokens, self.vocab_size).float()
@@ -86,6 +105,7 @@ class ToySession:
     def __init__(self, backend: ToyBackend, last: Tensor, hidden: bool) -> None:
         self.backend = backend
         self.want_hidden = hidden
+        self.layer_logits = None
         self.step(last)
 
     def step(self, tokens: Tensor) -> None:

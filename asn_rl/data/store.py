@@ -7,7 +7,7 @@ from typing import Any
 
 from asn_rl.checkpoint import atomic_folder, load_state, save_state
 from asn_rl.ops.sketch import Sketch
-from asn_rl.types import OBSERVATION_TENSORS, Observation, Prompt, Trajectories
+from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, Trajectories
 
 _LISTS = ("sample", "prompt_ids", "completion_ids", "completions")
 _TENSORS = ("terminated", "points", "behaviour_logprobs", "base_logprobs")
@@ -21,7 +21,7 @@ def save_trajectories(folder: Path, trajectories: Trajectories) -> None:
         **{name: list(getattr(trajectories, name)) for name in _LISTS},
         **{name: getattr(trajectories, name) for name in _TENSORS},
         "sketch": vars(obs.sketch),
-        "observations": {name: getattr(obs, name) for name in OBSERVATION_TENSORS},
+        "observations": {name: getattr(obs, name) for name in ("context", *sorted(OPTIONAL_INPUTS))},
         "extras": dict(trajectories.extras),
     }
     with atomic_folder(folder) as scratch:

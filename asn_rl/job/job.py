@@ -63,22 +63,12 @@ class Job:
 
     @cached_property
     def arms(self) -> list[Arm]:
-        """The heuristics as policies.
-
-        Raises:
-            ConfigError: one carries state, whose targets cannot be distilled.
-        """
+        """The heuristics as policies."""
         pipeline = load_attribute(self.config.pipeline)
-        arms = [
+        return [
             Arm(spec.name, pipeline(spec.processors), deterministic=[s["name"] for s in spec.processors] == [GREEDY])
             for spec in self.heuristics
         ]
-        for arm in arms:
-            if arm.policy.initial_state(1, torch.device("cpu")) is not None:
-                raise ConfigError(
-                    f"heuristic {arm.name!r} carries state, and a state's targets cannot be distilled; drop it"
-                )
-        return arms
 
     @property
     def scorers(self) -> list[RewardConfig]:

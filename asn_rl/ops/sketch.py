@@ -11,12 +11,15 @@ tokens ("points") instead of on the vocabulary. With `v` the (head + 1)-th large
 A policy shifts the log-weight of each point. Inside a point the base model's proportions stay as they are, so
 probabilities, importance ratios, KL divergences and entropies over the vocabulary follow exactly from the points
 (DESIGN section 2). Points are ordered by descending probability of their tokens.
+
+Tokens that a caller has something to say of (they occurred in the generated text) can be given points of their own,
+wherever they lie; they then belong to neither head nor tail.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,20 +96,40 @@ class PointMap:
     log_normalizer: Tensor
     """(..., 1) fp32 logsumexp of the logits"""
     size: SketchSize
+    own_ids: Tensor | None = None
+    """(..., P) int64 tokens with points of their own, -1 where free; None: nobody asked for any"""
+    order: Tensor | None = None
+    """(..., N) int64, given with `own_ids`: which point of (head, tail, own) is the j-th most probable"""
 
     def index(self, rows: Tensor | slice | tuple) -> PointMap:
+        optional = (None if part is None else part[rows] for part in (self.own_ids, self.order))
         return PointMap(
-            self.head_ids[rows], self.head_slot[rows], self.boundary[rows], self.log_normalizer[rows], self.size
+            self.head_ids[rows],
+            self.head_slot[rows],
+            self.boundary[rows],
+            self.log_normalizer[rows],
+            self.size,
+            *optional,
         )
 
+    def ranked(self, points: Tensor) -> Tensor:
+        """(..., n) points of (head, tail, own) -> their places in the sketch; -1 stays -1."""
+        if self.order is None:
+            return points
+        place = torch.empty_like(self.order).scatter_(
+            -1, self.order, torch.arange(self.order.shape[-1], device=points.device).expand_as(self.order)
+        )
+        return torch.where(points >= 0, place.gather(-1, points.clamp_min(0)), -1)
 
-def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
+
+def build_sketch(logits: Tensor, size: SketchSize, own: Tensor | None = None) -> tuple[Sketch, PointMap]:
     """Sketch next-token logits.
 
     Args:
         logits: (..., V) of any float type. `-inf` marks impossible tokens (masks, vocabulary padding); such
             tokens count nowhere, nor do tokens more than 87 nats below `v`. Adding a constant changes nothing.
         size: number of head and tail points.
+        own: (..., P) int64 distinct tokens that are points of their own, -1 where free; P more points.
 
     Raises:
         InvalidLogits: a row holds NaN or +inf, or no finite entry; or there is no row at all.
@@ -116,6 +139,8 @@ def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
             f"logits of shape {tuple(logits.shape)} are empty, need (..., V) with V >= 1; drop empty batches before "
             "sketching"
         )
+    if own is not None and own.shape[-1]:
+        return _with_own_points(logits, size, own)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.dtype == torch.float64:  # one rounding for all of this module, so that every token keeps its point
         rows = rows.float()
@@ -149,6 +174,36 @@ def build_sketch(logits: Tensor, size: SketchSize) -> tuple[Sketch, PointMap]:
         Sketch(*(part.reshape(*shape, -1) for part in sketch)),
         PointMap(*(part.reshape(*shape, -1) for part in points), size=size),
     )
+
+
+def _with_own_points(logits: Tensor, size: SketchSize, own: Tensor) -> tuple[Sketch, PointMap]:
+    values = torch.where(own >= 0, logits.gather(-1, own.clamp_min(0)).float(), -math.inf)
+    rest = without_tokens(logits, own)
+    # Where they are all there is, the most probable one stays behind: the head gives it a point of its own too.
+    alone = (rest.amax(-1, keepdim=True) == -math.inf) & (values == values.amax(-1, keepdim=True))
+    alone &= alone.int().cumsum(-1) == 1
+    _check_finite_maximum(torch.maximum(rest.amax(-1), values.amax(-1)).flatten())
+    if alone.any():
+        own, values = torch.where(alone, -1, own), torch.where(alone, -math.inf, values)
+        rest = without_tokens(logits, own)
+    sketch, points = build_sketch(rest, size)
+    total = torch.logaddexp(points.log_normalizer, values.logsumexp(-1, keepdim=True))
+    zeros = torch.zeros_like(values)
+    log_mass = torch.cat([sketch.log_mass + points.log_normalizer - total, values - total], -1)
+    log_count = torch.cat([sketch.log_count, zeros], -1)
+    inner_entropy = torch.cat([sketch.inner_entropy, zeros], -1)
+    order = torch.argsort(log_mass - log_count, dim=-1, descending=True, stable=True)
+    parts = (part.gather(-1, order) for part in (log_mass, log_count, inner_entropy))
+    return Sketch(*parts), replace(points, log_normalizer=total, own_ids=own, order=order)
+
+
+def without_tokens(logits: Tensor, tokens: Tensor | None) -> Tensor:
+    """Logits (..., V) with -inf for `tokens` (..., P); entries below 0 are none."""
+    if tokens is None:
+        return logits
+    vocab = logits.shape[-1]
+    padded = torch.nn.functional.pad(logits, (0, 1))
+    return padded.scatter_(-1, torch.where(tokens >= 0, tokens, vocab), -math.inf)[..., :vocab]
 
 
 def _split_head(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +295,12 @@ def token_points(logits: Tensor, points: PointMap) -> Tensor:
     """(..., V) int64: the point of every token, -1 for impossible tokens."""
     tail = _as_tail_point(logits.float(), points)
     head = torch.full_like(tail, -1).scatter_reduce_(-1, points.head_ids, points.head_slot, "amax")
-    return torch.where(head >= 0, head, tail)
+    found = torch.where(head >= 0, head, tail)
+    if points.own_ids is not None:
+        padded, vocab = torch.nn.functional.pad(found, (0, 1)), found.shape[-1]
+        found = padded.scatter_(-1, torch.where(points.own_ids >= 0, points.own_ids, vocab), _own_points(points))
+        found = torch.where(logits > -math.inf, found[..., :vocab], -1)
+    return points.ranked(found)
 
 
 def points_of(logits: Tensor, ids: Tensor, points: PointMap) -> Tensor:
@@ -249,7 +309,21 @@ def points_of(logits: Tensor, ids: Tensor, points: PointMap) -> Tensor:
     slot = points.head_slot.unsqueeze(-2)
     hit = (ids.unsqueeze(-1) == points.head_ids.unsqueeze(-2)) & (slot >= 0)
     head = torch.where(hit, slot, -1).amax(-1)
-    return torch.where(head >= 0, head, tail)
+    found = torch.where(head >= 0, head, tail)
+    if points.own_ids is not None:
+        same = ids.unsqueeze(-1) == points.own_ids.unsqueeze(-2)
+        own = torch.where(same, _own_points(points).unsqueeze(-2), -1).amax(-1)
+        possible = logits.gather(-1, ids) > -math.inf
+        found = torch.where(own >= 0, torch.where(possible, own, -1), found)
+    return points.ranked(found)
+
+
+def _own_points(points: PointMap) -> Tensor:
+    """(..., P) number of each own point, counted on from the tail."""
+    assert points.own_ids is not None
+    return (points.size.points + torch.arange(points.own_ids.shape[-1], device=points.own_ids.device)).expand_as(
+        points.own_ids
+    )
 
 
 def choose_tokens(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:
@@ -263,15 +337,20 @@ def choose_tokens(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Te
     Returns:
         (B,) int64 token ids. Only rows that chose a tail point touch the vocabulary.
     """
+    if points.order is not None:
+        chosen = points.order.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     head_point = chosen.clamp_max(points.size.head - 1).unsqueeze(-1)
     members = points.head_slot == head_point
     nth = (uniforms.unsqueeze(-1) * members.sum(-1, keepdim=True)).long()
     tokens = points.head_ids.gather(-1, (members.int().argmax(-1, keepdim=True) + nth)).squeeze(-1)
-    in_tail = (chosen >= points.size.head).nonzero().squeeze(-1)
+    in_tail = ((chosen >= points.size.head) & (chosen < points.size.points)).nonzero().squeeze(-1)
     if len(in_tail):
-        tokens[in_tail] = _choose_in_tail(
-            logits[in_tail].float(), points.index(in_tail), chosen[in_tail], uniforms[in_tail]
-        )
+        part = points.index(in_tail)
+        rest = without_tokens(logits[in_tail].float(), part.own_ids)
+        tokens[in_tail] = _choose_in_tail(rest, part, chosen[in_tail], uniforms[in_tail])
+    if points.own_ids is not None:
+        own = (chosen - points.size.points).clamp_min(0).unsqueeze(-1)
+        tokens = torch.where(chosen >= points.size.points, points.own_ids.gather(-1, own).squeeze(-1), tokens)
     return tokens
 
 

@@ -7,6 +7,7 @@ sketches, or from the full logits by a probe of the rollout.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
-from asn_rl.placement import device_of, recorded_logprobs
+from asn_rl.placement import device_of
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
+from asn_rl.training.minibatches import whole_completions
 from asn_rl.types import Observation, Trajectories
+from asn_rl.unroll import recorded_logprobs, unroll
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ def sketch_targets(heuristics: Sequence[Policy], weights: Tensor, trajectories: 
 
     Raises:
         InvalidValue: not a distribution over the heuristics for each completion.
-        DataError: a heuristic is stateful; its targets must be recorded while it runs.
     """
     shape = (len(trajectories), len(heuristics))
     if weights.shape != shape or not bool(((weights.sum(-1) - 1).abs() < 1e-4).all()) or bool((weights < 0).any()):
@@ -75,9 +77,7 @@ def sketch_targets(heuristics: Sequence[Policy], weights: Tensor, trajectories: 
         which = share[:, i].nonzero().squeeze(-1)
         if not len(which):
             continue
-        if heuristic.initial_state(1, torch.device("cpu")) is not None:
-            raise DataError(f"heuristic {i} is stateful; its targets depend on the whole rollout. Leave it out")
-        probs = recorded_logprobs(heuristic, trajectories.per_token(which)).double().exp()
+        probs = recorded_logprobs(heuristic, trajectories, which).double().exp()
         mass.index_add_(0, which, share[which, i, None] * probs)
     return mass.log().float()
 
@@ -131,14 +131,15 @@ def distill(
         raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be distilled into")
     train, held_out = _split(trajectories, config)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * -(-len(train) // config.minibatch_tokens)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    seen, total_tokens = 0, config.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: (1 + math.cos(math.pi * seen / total_tokens)) / 2)
     generator = torch.Generator().manual_seed(config.seed)
     importance = torch.ones(len(targets)) if weights is None else weights
     device = device_of(policy)
+    moved = trajectories.to(device)
 
     def loss_on(part: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = policy(trajectories.per_token(part).to(device)).logprobs
+        logprobs = unroll(policy, moved, part.to(device)).logprobs
         divergence, leak = truncated_kl(targets[part].to(device), logprobs, config.gamma)
         scale = (importance[part] / importance[part].sum()).to(device)
         return (divergence * scale).sum(), (leak * scale).sum()
@@ -147,13 +148,14 @@ def distill(
     with progress("distil", config.epochs) as advance:
         for epoch in range(1, config.epochs + 1):
             total = 0.0
-            for part in train[torch.randperm(len(train), generator=generator)].split(config.minibatch_tokens):
+            for part in _minibatches(policy, trajectories, train, config.minibatch_tokens, generator):
                 divergence, leak = loss_on(part)
                 optimizer.zero_grad(set_to_none=True)
                 (divergence + leak).backward()
                 _check_gradients(policy, parameters, divergence + leak)
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
+                seen += len(part)
                 schedule.step()
                 total += divergence.item() * len(part) / len(train)
             figures = {"loss/distill_kl": total}
@@ -165,6 +167,15 @@ def distill(
                 log.log(epoch, figures)
             advance(1, f"KL {figures.get('eval/distill_kl', total):.4f}")
     return figures | {"time/distill": time.perf_counter() - begin}
+
+
+def _minibatches(
+    policy: Policy, trajectories: Trajectories, tokens: Tensor, size: int, generator: torch.Generator
+) -> Sequence[Tensor]:
+    """Tokens in random order; those of whole completions where the policy carries state."""
+    if policy.initial_state(1, torch.device("cpu")) is None:
+        return tokens[torch.randperm(len(tokens), generator=generator)].split(size)
+    return whole_completions(trajectories.lengths, trajectories.rows[tokens].unique(), size, generator)
 
 
 def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,6 +191,46 @@ def test_what_a_rollout_or_a_single_replay_recorded_can_be_trained_on(smollm: HF
         logprobs = policy(trajectories.per_token()).logprobs.gather(-1, trajectories.points.unsqueeze(-1))
         logprobs.sum().backward()
         assert policy.slope.grad is not None
+
+
+class Listening(LocalTransform):
+    """Asks for everything that is known of a token."""
+
+    needs = frozenset({"last_point", "history", "layer_logprobs"})
+
+
+def test_earlier_layers_speak_through_the_models_own_head(smollm: HFBackend):
+    config = replace(CONFIG, layers=(10, 29), tracked=8)
+    recorder = {"logits": lambda logits, sketch, points: logits}
+    run = rollout(Listening(8), smollm, PROMPTS, config, seed=2, probes=recorder)
+    found = run.observations.layer_logprobs
+    assert found is not None
+    model, ids = smollm.model, [*run.prompt_ids[0], *run.completion_ids[0]]
+    states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    first = slice(0, len(run.completion_ids[0]))
+    for place, layer in enumerate(config.layers):
+        at = states[layer][0, len(run.prompt_ids[0]) - 1 : -1]
+        expected = torch.log_softmax(model.lm_head(model.model.norm(at)), -1)
+        top = run.extras["logits"][first].argmax(-1, keepdim=True)
+        head = run.observations.sketch.log_count[first, 0] == 0
+        torch.testing.assert_close(
+            found[first, 0, place][head], expected.gather(-1, top).squeeze(-1)[head], atol=1e-3, rtol=1e-3
+        )
+        mass = (found[first, :, place] + run.observations.sketch.log_count[first]).exp()
+        total = torch.where(run.observations.sketch.mask[first], mass, 0.0).sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
+
+    again, _ = replay(Listening(8), smollm, PROMPTS, run.completion_ids, config)
+    torch.testing.assert_close(again.observations.history, run.observations.history)
+    assert torch.equal(again.observations.last_point, run.observations.last_point)  # type: ignore[arg-type]
+    theirs = again.observations.layer_logprobs
+    torch.testing.assert_close(theirs, found, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("layers", "message"), [((), "at least one layer"), ((30,), r"in \[1, 29\]")])
+def test_layers_that_are_not_there_are_refused(smollm: HFBackend, layers: tuple[int, ...], message: str):
+    with pytest.raises(InvalidValue, match=message):
+        rollout(Listening(8), smollm, PROMPTS, replace(CONFIG, layers=layers))
 
 
 def test_the_base_model_is_frozen(smollm: HFBackend):

@@ -154,10 +154,6 @@ def test_a_corpus_is_indexed_and_what_is_copied_from_it_is_found(folder: Path, a
         (job("grpo", "run", "init=nowhere"), "nowhere holds no policy"),
         (job("generate", "run", "heuristics=[{name: ../a}]"), "heuristic name must be letters"),
         (job("generate", "run", "compare.stratify_by=task"), "lacks the column 'task'"),
-        (
-            job("generate", "run", "heuristics=[{name: m, processors: [{name: mirostat, params: {tau: 2}}]}]"),
-            "carries state",
-        ),
     ],
 )
 def test_bad_input_ends_with_status_two_and_advice(

@@ -20,7 +20,7 @@ from asn_rl.data.splits import SPLITS, split_slice
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import CheckpointError, ConfigError, DataError, InvalidValue, UnknownName
 from asn_rl.rollout import RolloutConfig, rollout
-from asn_rl.types import OBSERVATION_TENSORS, Prompt
+from asn_rl.types import OPTIONAL_INPUTS, Prompt
 
 
 def load(source: str, split: str = "train", limit: int | None = None, **arguments: Any) -> list[Prompt]:
@@ -357,7 +357,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Conditioned(Pipeline):
-    needs = frozenset({"hidden", "prompt_embedding", "condition"})
+    needs = OPTIONAL_INPUTS - {"layer_logprobs"}
 
 
 def test_trajectories_survive_with_every_optional_entry(toy: ToyBackend, folder: Path):
@@ -381,7 +381,7 @@ def test_trajectories_survive_with_every_optional_entry(toy: ToyBackend, folder:
         assert getattr(loaded, name) == getattr(run, name)
     for name in ("terminated", "points", "behaviour_logprobs", "base_logprobs", "lengths"):
         assert torch.equal(getattr(loaded, name), getattr(run, name))
-    for name in OBSERVATION_TENSORS:
+    for name in ("context", *sorted(OPTIONAL_INPUTS - {"layer_logprobs"})):  # a table has no layers
         assert torch.equal(getattr(loaded.observations, name), getattr(run.observations, name))
     for name in ("log_mass", "log_count", "inner_entropy"):
         assert torch.equal(getattr(loaded.observations.sketch, name), getattr(run.observations.sketch, name))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from asn_policies import OrderStatisticsNetwork, Pipeline, PolicyModule
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.errors import DataError, InvalidValue, TrainingError
+from asn_rl.errors import InvalidValue, TrainingError
 from asn_rl.metrics import MetricsLogger, read_metrics
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import build_sketch, token_points
@@ -195,11 +195,6 @@ class TestRefusals:
         trajectories = visited()
         with pytest.raises(TrainingError, match="no trainable parameter"):
             distill(Pipeline([]), trajectories, trajectories.observations.sketch.log_mass, FAST)
-
-    def test_stateful_heuristics_have_no_targets(self) -> None:
-        trajectories = visited()
-        with pytest.raises(DataError, match="is stateful"):
-            sketch_targets([rule("mirostat", tau=2.0)], torch.ones(len(trajectories), 1), trajectories)
 
     def test_targets_of_another_shape(self) -> None:
         trajectories = visited()

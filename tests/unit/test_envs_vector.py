@@ -38,7 +38,7 @@ def ending() -> ToyBackend:
 class Remembering(ToyBackend):
     """A backend whose sessions remember how each row began, and reorder their rows when some leave."""
 
-    def start(self, prompt_ids: Any, *, repeats: int = 1, hidden: bool = False) -> RememberingSession:
+    def start(self, prompt_ids: Any, *, repeats: int = 1, hidden: bool = False, layers: Any = ()) -> RememberingSession:
         return RememberingSession(self, torch.tensor([ids[-1] for ids in prompt_ids]), hidden)
 
 

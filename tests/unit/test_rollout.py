@@ -57,7 +57,14 @@ def ending_toy(vocab: int = 32, end_logit: float = 2.5) -> ToyBackend:
 class Shuffling(ToyBackend):
     """Hands the remaining rows back in descending order, as a backend may."""
 
-    def start(self, prompt_ids: Sequence[Sequence[int]], *, repeats: int = 1, hidden: bool = False) -> ToySession:
+    def start(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        repeats: int = 1,
+        hidden: bool = False,
+        layers: Sequence[int] = (),
+    ) -> ToySession:
         last = torch.tensor([ids[-1] for ids in prompt_ids])
         return ShufflingSession(self, last.repeat_interleave(repeats), hidden)
 
