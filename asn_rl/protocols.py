@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ class Session(Protocol):
         ...
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True)
+class Scored:
     """What teacher forcing says of one completion of T tokens."""
 
     index: int

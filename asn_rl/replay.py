@@ -189,7 +189,7 @@ def _histories(ids: Sequence[int], bound: int, device: torch.device) -> History:
     for t, token in enumerate(ids):
         tables.append(now)
         now = remember(now, torch.tensor([token], device=device), t)
-    return History(*(torch.cat(column) for column in zip(*tables, strict=True)))
+    return History(*(torch.cat([getattr(table, name) for table in tables]) for name in ("tokens", "count", "last")))
 
 
 def _spread(row: Tensor | None, length: int) -> Tensor | None:

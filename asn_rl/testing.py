@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asn_rl.errors import InvalidPolicyOutput, RewardError
 from asn_rl.ops.context import context_vector
-from asn_rl.ops.sketch import SketchSize, build_sketch
+from asn_rl.ops.sketch import Sketch, SketchSize, build_sketch
 from asn_rl.protocols import Policy
 from asn_rl.rewards.contract import check_signature, checked_scores
 from asn_rl.types import Observation
@@ -81,6 +81,8 @@ def check_policy(
     time) leading axes; a state has one row a completion. Equivariance and shift invariance need no check: a sketch
     holds no token ids and is normalised.
 
+    Where it reads `layer_logprobs`, its attribute `layer_count` says of how many layers (default 1).
+
     Args:
         hidden_size: of the base model, where the policy reads `hidden` or `prompt_embedding`.
         condition_size: length of `condition`, where the policy reads it.
@@ -114,9 +116,34 @@ def _random_observation(
     logits[3, 0] = 30.0
     sketch, _ = build_sketch(logits, size)
     ones = torch.ones(len(logits))
-    widths = {"hidden": hidden_size, "prompt_embedding": hidden_size, "condition": condition_size}
-    optional = {entry: torch.randn(4, widths[entry], generator=generator) for entry in sorted(policy.needs)}
+    layers = getattr(policy, "layer_count", 1)
+    widths = {
+        "hidden": hidden_size,
+        "prompt_embedding": hidden_size,
+        "condition": condition_size,
+        "layer_logprobs": layers,
+    }
+    optional = {name: random_entry(name, sketch, widths.get(name, 0), generator) for name in sorted(policy.needs)}
     return Observation(sketch, context_vector(sketch, 3 * ones, 9 * ones, 2.5 * ones, 7 * ones), **optional)
+
+
+def random_entry(name: str, sketch: Sketch, size: int, generator: torch.Generator) -> Tensor:
+    """An optional observation entry for a sketch of shape (B, N), within its documented range, on the CPU.
+
+    Args:
+        name: among `asn_rl.types.OPTIONAL_INPUTS`.
+        size: length of a vector entry, or the number of earlier layers.
+    """
+    rows, points = sketch.log_mass.shape
+    if name == "last_point":
+        return torch.randint(-1, points, (rows,), generator=generator)
+    if name == "history":
+        count = torch.randint(0, 4, (rows, points), generator=generator).float()
+        since = torch.randint(1, 9, (rows, points), generator=generator)
+        return torch.stack([count, (count > 0) / since], -1)
+    if name == "layer_logprobs":
+        return torch.randn(rows, points, size, generator=generator).mul(4).log_softmax(1)
+    return torch.randn(rows, size, generator=generator)
 
 
 def _well_formed_answer(policy: Policy, obs: Observation) -> Tensor:

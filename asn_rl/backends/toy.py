@@ -105,7 +105,7 @@ class ToySession:
     def __init__(self, backend: ToyBackend, last: Tensor, hidden: bool) -> None:
         self.backend = backend
         self.want_hidden = hidden
-        self.layer_logits = None
+        self.layer_logits: Tensor | None = None
         self.step(last)
 
     def step(self, tokens: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asn_rl.errors import InvalidValue
+
 STD_EPSILON = 1e-4  # TRL's guard; groups without variance are left out before it matters
 
 
@@ -34,6 +36,41 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     total = torch.where(valid, rewards, 0.0).sum(-1, keepdim=True)
     baseline = (total - rewards) / others.clamp_min(1)
     return torch.where(valid & (others > 0), rewards - baseline, 0.0)
+
+
+def pass_at_k_advantages(rewards: Tensor, k: int) -> Tensor:
+    """(G, n) rewards of 0 or 1 -> advantages whose policy gradient raises pass@k (Chen et al. 2025, arXiv:2508.10751,
+    "analytical derivation").
+
+    All k-subsets of a group, each worth 1 where any of its members is right, have mean rho = 1 - C(w, k) / C(n, k) and
+    standard deviation s = sqrt(rho (1 - rho)), with w wrong completions of n. A completion's advantage is that of the
+    subsets it belongs to: (1 - rho) / s if it is right, (1 - rho - C(w - 1, k - 1) / C(n - 1, k - 1)) / s if wrong.
+    0 where s is 0. NaN rewards are masked: they get advantage 0 and count in no group.
+
+    Raises:
+        InvalidValue: a reward other than 0 and 1, or k not in [1, n].
+    """
+    valid = ~rewards.isnan()
+    if not 1 <= k <= rewards.shape[-1]:
+        raise InvalidValue("pass_k", k, f"in [1, {rewards.shape[-1]}], the completions of a group")
+    if not bool(((rewards == 0) | (rewards == 1) | ~valid).all()):
+        wrong_one = rewards[valid & (rewards != 0) & (rewards != 1)][0].item()
+        raise InvalidValue("reward", wrong_one, "0 or 1", "pass@k needs completions that are right or wrong")
+    count, right = valid.sum(-1, keepdim=True).double(), valid & (rewards == 1)
+    wrong = count - right.sum(-1, keepdim=True)
+    none_right = _binomial_ratio(wrong, count, k)
+    scale = (none_right * (1 - none_right)).sqrt()
+    others_wrong = _binomial_ratio(wrong - 1, count - 1, k - 1)
+    advantages = torch.where(right, none_right, none_right - others_wrong) / scale
+    return torch.where(valid & (scale > 0), advantages, 0.0)
+
+
+def _binomial_ratio(wrong: Tensor, count: Tensor, k: int) -> Tensor:
+    """C(wrong, k) / C(count, k), elementwise; 0 where wrong < k."""
+    ratio = torch.ones_like(count)
+    for i in range(k):
+        ratio = ratio * ((wrong - i) / (count - i).clamp_min(1)).clamp_min(0)
+    return ratio
 
 
 def has_signal(rewards: Tensor) -> Tensor:

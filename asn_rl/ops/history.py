@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ HISTORY = ("count", "recency")
 """entries of `Observation.history`: occurrences in the generated text; 1 / steps since the last one; both 0 if never"""
 
 
-class History(NamedTuple):
+@dataclass(frozen=True)
+class History:
     """The most recent distinct tokens of B generated texts, P at most."""
 
     tokens: Tensor

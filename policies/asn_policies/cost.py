@@ -12,6 +12,7 @@ from asn_policies.base import PolicyModule
 from asn_rl.errors import InvalidValue
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.sketch import Sketch
+from asn_rl.testing import random_entry
 from asn_rl.types import Observation
 
 _TRIALS = 5
@@ -30,8 +31,8 @@ def measure_cost(policy: PolicyModule, points: int = 96, rows: int = 64) -> dict
         passes, divided by the rows).
 
     Raises:
-        InvalidValue: the policy reads an optional input and does not say how large it is (attribute `hidden_size` or
-            `condition_size`).
+        InvalidValue: the policy reads an optional input and does not say how large it is (attribute `hidden_size`,
+            `condition_size` or `layer_count`).
     """
     device = next((parameter.device for parameter in policy.parameters()), torch.device("cpu"))
     obs = _random_observation(policy, points, rows, device)
@@ -62,12 +63,17 @@ def _random_observation(policy: PolicyModule, points: int, rows: int, device: to
     in_tail = torch.arange(points, device=device) >= 2 * points // 3
     log_count = torch.where(in_tail, normal(points).abs() + 1, 0.0)
     sketch = Sketch(log_mass, log_count, log_count)
-    optional = {name: normal(_input_size(policy, name)) for name in sorted(policy.needs)}
+    optional = {
+        name: random_entry(name, sketch, _input_size(policy, name), generator).to(device)
+        for name in sorted(policy.needs)
+    }
     return Observation(sketch, normal(CONTEXT_SIZE).abs(), **optional)
 
 
 def _input_size(policy: PolicyModule, name: str) -> int:
-    attribute = "condition_size" if name == "condition" else "hidden_size"
+    if name in ("last_point", "history"):
+        return 0
+    attribute = {"condition": "condition_size", "layer_logprobs": "layer_count"}.get(name, "hidden_size")
     size = getattr(policy, attribute, None)
     if not size:
         raise InvalidValue(f"size of input {name!r}", size, "known to the policy", f"set its attribute {attribute}")

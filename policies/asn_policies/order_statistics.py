@@ -20,13 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from asn_policies.base import PolicyModule
-from asn_rl.errors import InvalidValue
-from asn_rl.ops.context import CONTEXT_SIZE, collision_entropy, entropy, varentropy
+from asn_policies.features import (
+    GLOBAL_FEATURES,
+    INPUTS,
+    global_features,
+    input_projections,
+    summary_inputs,
+    summary_network,
+    summary_size,
+)
+from asn_rl.ops.context import entropy
 from asn_rl.ops.truncation import exclusive_cumsum
 from asn_rl.types import Observation
 
+__all__ = ["GLOBAL_FEATURES", "POINT_FEATURES", "OrderStatisticsNetwork", "global_features", "point_features"]
+
 POINT_FEATURES = ("logprob", "gap", "mass_above", "log_rank", "entropy_distance", "typical_mass", "log_count")
-GLOBAL_FEATURES = ("entropy", "varentropy", "max_logprob", "effective_support", "logit_spread")
 _START_MARGIN = 2.0
 # A rule that cuts needs margins of tens, greedy decoding a slope of several: these units let few steps reach them.
 _SHARPNESS = 10.0
@@ -61,24 +70,12 @@ class OrderStatisticsNetwork(PolicyModule):
         hard_cut: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"hidden": hidden_size, "prompt_embedding": hidden_size, "condition": condition_size}
-        for name in inputs:
-            if not sizes.get(name):
-                allowed = "among 'hidden', 'prompt_embedding' (with hidden_size) and 'condition' (with condition_size)"
-                raise InvalidValue("inputs", name, allowed)
         self.needs = frozenset(inputs)
         self.hidden_size, self.condition_size = hidden_size, condition_size
         self.max_slope, self.hard_cut = max_slope, hard_cut
-        self.projections = nn.ModuleDict(
-            {
-                name: nn.Sequential(
-                    nn.LayerNorm(sizes[name], elementwise_affine=False), nn.Linear(sizes[name], projection)
-                )
-                for name in inputs
-            }
-        )
-        summary = len(GLOBAL_FEATURES) + CONTEXT_SIZE + projection * len(inputs)
-        self.summary = nn.Sequential(nn.Linear(summary, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        # Checkpoints expect every entry normalised: the condition must be one-hot or of several numbers.
+        self.projections = input_projections(inputs, hidden_size, condition_size, projection, normalised=INPUTS)
+        self.summary = summary_network(summary_size(inputs, projection), width)
         self.slope = nn.Linear(width, 1)
         self.margin = nn.Linear(width, 1 + len(POINT_FEATURES))
         self.to_point = nn.Linear(width, point_width)
@@ -91,7 +88,7 @@ class OrderStatisticsNetwork(PolicyModule):
 
     def shift(self, obs: Observation) -> Tensor:
         features = point_features(obs)
-        summary = self.summary(self._summary_inputs(obs))
+        summary = self.summary(summary_inputs(obs, self.projections))
         slope = self.max_slope * torch.tanh(_STEEPNESS * self.slope(summary) / self.max_slope)
         margin = _SHARPNESS * self.margin(summary)
         margin = margin[..., :1] + (features * margin[..., None, 1:]).sum(-1)
@@ -103,15 +100,6 @@ class OrderStatisticsNetwork(PolicyModule):
             gate = torch.where((margin < 0) & ~first, -math.inf, gate)
         logprobs = torch.where(obs.sketch.mask, obs.sketch.logprobs, 0.0)
         return slope * logprobs + self.residual(hidden).squeeze(-1) + gate
-
-    def _summary_inputs(self, obs: Observation) -> Tensor:
-        parts = [global_features(obs), obs.context * _context_scale(obs.context.device)]
-        for name, layer in self.projections.items():
-            value = getattr(obs, name)
-            if value is None:
-                raise InvalidValue(f"observation.{name}", None, "a tensor", "the policy reads it; list it in `needs`")
-            parts.append(torch.tanh(layer(value)))
-        return torch.cat(parts, -1)
 
 
 @torch.no_grad()
@@ -143,28 +131,3 @@ def point_features(obs: Observation) -> Tensor:
         -1,
     )
     return torch.where(mask.unsqueeze(-1), features, 0.0)
-
-
-@torch.no_grad()
-def global_features(obs: Observation) -> Tensor:
-    """(..., G) entropy / 5, varentropy / 10, largest log-probability / 5, collision entropy / 5 and the standard
-    deviation of the logits / 5."""
-    sketch = obs.sketch
-    counts = torch.where(sketch.mask, sketch.log_count.exp(), 0.0)
-    values = torch.where(sketch.mask, sketch.logprobs, 0.0)
-    total = counts.sum(-1)
-    mean = (counts * values).sum(-1) / total
-    spread = ((counts * (values - mean.unsqueeze(-1)).square()).sum(-1) / total).sqrt()
-    scaled = (
-        entropy(sketch) / 5,
-        varentropy(sketch) / 10,
-        sketch.logprobs.amax(-1) / 5,
-        collision_entropy(sketch) / 5,
-        spread / 5,
-    )
-    return torch.stack(scaled, -1)
-
-
-def _context_scale(device: torch.device) -> Tensor:
-    """Brings the context entries (asn_rl.ops.context.CONTEXT) to order one."""
-    return torch.tensor([0.2, 0.2, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2], device=device)

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from asn_policies import DistributionAwareTransform, LocalTransform, Pipeline, PolicyModule, SamplingNetwork
 from asn_policies.cost import measure_cost
+from asn_policies.recurrent import RecurrentPolicy
+from asn_policies.strategy import SequenceStrategy, TokenStrategy
+from asn_policies.token_features import TokenFeatureNetwork
+from asn_policies.warp import TemperatureTopP, TwoSlopeWarp
 from asn_rl.checkpoint import load_policy
 from asn_rl.errors import CheckpointError, InvalidValue
 from asn_rl.ops import logprobs
@@ -33,6 +37,27 @@ NETWORKS: dict[str, Callable[[], PolicyModule]] = {
     "distribution, static": lambda: DistributionAwareTransform(16, dynamic=False),
     "attention": lambda: SamplingNetwork(16, 24, 2, 2),
     "attention, scale off": lambda: SamplingNetwork(16, 24, 2, 2, scale=False),
+    "two slopes": lambda: TwoSlopeWarp(16),
+}
+STRATEGIES = [
+    {"name": "base"},
+    {"name": "greedy", "processors": [{"name": "greedy"}]},
+    {"name": "hot", "processors": [{"name": "temperature", "params": {"temperature": 1.73}}]},
+]
+# Networks that do not start at the base model: next to it, or at a mixture of heuristics.
+ELSEWHERE: dict[str, Callable[[], PolicyModule]] = {
+    "temperature, soft top-p": lambda: TemperatureTopP(16),
+    "temperature, top-p": lambda: TemperatureTopP(16, start_top_p=0.83, hard_cut=True),
+    "strategy by token": lambda: TokenStrategy(STRATEGIES, 16, start="base", confident_above=0.9471),
+    "strategy by token, context-free": lambda: TokenStrategy(STRATEGIES, context_free=True),
+}
+# Networks that read more than a sketch and the context.
+CONTEXTUAL: dict[str, Callable[[], PolicyModule]] = {
+    "token features": lambda: TokenFeatureNetwork(8, 6, ["history", "layer_logprobs"], layer_count=2, token_width=6),
+}
+STATEFUL: dict[str, Callable[[], PolicyModule]] = {
+    "strategy by completion": lambda: SequenceStrategy(STRATEGIES, 16),
+    "recurrent": lambda: RecurrentPolicy(8),
 }
 
 
@@ -55,16 +80,20 @@ PIPELINES: dict[str, list[dict[str, object]]] = {
     "edt": steps(edt={"temperature": 0.9, "theta": 0.31}),
     "mirostat 1": steps(mirostat={"tau": 1.37, "version": 1}),
     "mirostat 2": steps(temperature={"temperature": 1.2}, mirostat={"tau": 1.37, "eta": 0.3}),
+    "repetition penalty": steps(temperature={"temperature": 0.8}, repetition_penalty={"penalty": 1.37}),
+    "frequency, presence": steps(frequency_presence={"frequency": 0.73, "presence": -0.31}),
+    "layer contrast": steps(layer_contrast={"alpha": 0.0713}),
 }
-STATELESS = [*NETWORKS, *(name for name in PIPELINES if "mirostat" not in name)]
-EVERY = [*NETWORKS, *PIPELINES]
+LEARNED = {**NETWORKS, **ELSEWHERE, **CONTEXTUAL, **STATEFUL}
+STATELESS = [*NETWORKS, *ELSEWHERE, *CONTEXTUAL, *(name for name in PIPELINES if "mirostat" not in name)]
+EVERY = [*LEARNED, *PIPELINES]
 
 
 def make(name: str, seed: int | None = 0) -> PolicyModule:
     """A policy of the lists above; networks get random weights unless `seed` is None."""
     if name in PIPELINES:
         return Pipeline(PIPELINES[name])
-    policy = NETWORKS[name]()
+    policy = LEARNED[name]()
     return policy if seed is None else randomized(policy, seed)
 
 
@@ -91,7 +120,15 @@ def logit_rows(draw: st.DrawFn) -> Tensor:
 def observe(logits: Tensor, size: SketchSize = SIZE, position: float = 3.0) -> tuple[Observation, PointMap]:
     sketch, points = build_sketch(logits, size)
     ones = torch.ones(logits.shape[:-1])
-    return Observation(sketch, context_vector(sketch, position * ones, 9 * ones, 2.5 * ones, 7 * ones)), points
+    context = context_vector(sketch, position * ones, 9 * ones, 2.5 * ones, 7 * ones)
+    # What is said of a token goes by its point, so that it moves along when tokens are permuted.
+    place = torch.arange(size.points).expand_as(sketch.log_mass)
+    said = {
+        "last_point": torch.full(logits.shape[:-1], -1),
+        "history": torch.stack([place % 3, (place % 3 > 0) / (1.0 + place)], -1),
+        "layer_logprobs": torch.stack([0.5 * sketch.log_mass.clamp_min(-9) - 1, -0.3 * place], -1),
+    }
+    return Observation(sketch, context, **said), points
 
 
 def act(policy: Policy, obs: Observation) -> Tensor:
@@ -224,11 +261,11 @@ def test_a_policy_of_another_class_is_refused(tmp_path: Path) -> None:
         SamplingNetwork.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "base"])
+@pytest.mark.parametrize("name", [*NETWORKS, *CONTEXTUAL, "recurrent", "base"])
 def test_a_new_policy_is_the_base_model(name: str, smollm_logits: Tensor) -> None:
     obs, _ = observe(smollm_logits, SketchSize())
     policy = make(name, seed=None)
-    assert_close(policy(obs).logprobs, obs.sketch.log_mass)
+    assert_close(act(policy, obs), obs.sketch.log_mass)
     if name in NETWORKS:
         shift = policy.shift(obs)[obs.sketch.mask]
         assert len(shift.unique()) == 1, "the shift must be the same for all points, exactly"
@@ -262,6 +299,7 @@ ALIVE_AT_THE_START = {
         "multiplier.down.bias",
     },
     "attention, scale off": {"transform.down.weight", "gate.down.weight", "gate.down.bias"},
+    "two slopes": {"head.weight", "head.bias"},
 }
 
 
@@ -301,7 +339,7 @@ def test_gradients_are_alive_at_the_start(name: str) -> None:
     assert all(norm > 0 for norm in second.values()), "after one step every parameter must have a gradient"
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *ELSEWHERE])
 @MODEST
 @given(logits=logit_rows(), seed=seeds)
 def test_gradients_are_finite_with_empty_points(name: str, logits: Tensor, seed: int) -> None:

@@ -84,7 +84,7 @@ class TestResume:
         def full(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("asn_rl.training.grpo.save_state", full)
+        monkeypatch.setattr("asn_rl.training.on_policy.save_state", full)
         with pytest.raises(CheckpointError, match="No space left"):
             run(tmp_path)
         kept = latest_checkpoint(tmp_path)
@@ -157,6 +157,8 @@ class TestRefusals:
             ({"epsilon": 1.0}, "epsilon"),
             ({"beta": -0.1}, "beta"),
             ({"kl_target": 0.1, "beta": 0.0}, "kl_target"),
+            ({"advantage": "pass_at_k", "pass_k": 5}, "pass_k"),
+            ({"surrogate": "reinforce"}, "num_iterations must be 1 with surrogate reinforce"),
         ],
     )
     def test_illegal_settings_are_named(self, change: dict[str, float], named: str) -> None:
@@ -198,14 +200,6 @@ def test_a_reference_that_cuts_is_no_obstacle_when_nothing_anchors_to_it(tmp_pat
         train(policy, greedy, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, replace(free, beta=0.1), tmp_path / "held")
 
 
-def test_policies_with_state_are_refused(tmp_path: Path) -> None:
-    from asn_policies import Pipeline
-
-    mirostat = Pipeline([{"name": "mirostat", "params": {"tau": 2.0}}])
-    with pytest.raises(TrainingError, match="carries state"):
-        Trainer(OrderStatisticsNetwork(), mirostat, toy_rewards.TOY, PROMPTS, suite(), ROLLOUT, CONFIG, tmp_path, {})
-
-
 def _batch():
     torch.manual_seed(1)
     policy, reference = (OrderStatisticsNetwork(width=8, point_width=4) for _ in range(2))
@@ -228,7 +222,7 @@ class TestLoss:
         policy.zero_grad()
         trajectories = batch.trajectories
         chosen = policy(trajectories.per_token()).logprobs.gather(-1, trajectories.points[:, None]).squeeze(-1)
-        (-(batch.advantages[batch.rows] * chosen).mean()).backward()
+        (-(batch.advantages * chosen).mean()).backward()
         theirs = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
@@ -237,7 +231,7 @@ class TestLoss:
         policy, _, batch = _batch()
         config = replace(CONFIG, loss_type=loss_type)  # type: ignore[arg-type]
         loss, _ = minibatch_loss(policy, batch, torch.arange(len(batch.rows)), 0.0, config, ROLLOUT)
-        per_token = -batch.advantages[batch.rows]  # ratio one
+        per_token = -batch.advantages  # ratio one
         lengths = batch.trajectories.lengths
         by_row = torch.zeros(len(lengths)).index_add(0, batch.rows, per_token)
         expected = {
@@ -261,6 +255,41 @@ class TestLoss:
         _, metrics = minibatch_loss(policy, batch, torch.arange(len(batch.rows)), 0.0, CONFIG, ROLLOUT)
         assert metrics["kl/approx_old"] == pytest.approx(0.0, abs=1e-7)
         assert metrics["policy/clipfrac"] == 0.0
+
+
+class TestReinforce:
+    CONFIG = replace(CONFIG, advantage="whitened", surrogate="reinforce", num_iterations=1, beta=0.0)
+
+    def test_its_gradient_is_the_score_times_whitened_rewards(self) -> None:
+        policy, reference, batch = _batch()
+        trajectories = batch.trajectories
+        totals = score(suite(), trajectories).total
+        batch, signal = make_batch(trajectories, totals, reference, self.CONFIG)
+        loss, metrics = minibatch_loss(policy, batch, torch.arange(len(batch.rows)), 0.0, self.CONFIG, ROLLOUT)
+        mine = torch.autograd.grad(loss, list(policy.parameters()))
+        white = (totals - totals.mean()) / (totals.std() + 1e-4)
+        chosen = policy(trajectories.per_token()).logprobs.gather(-1, trajectories.points[:, None]).squeeze(-1)
+        theirs = torch.autograd.grad(-(white.float()[batch.rows] * chosen).mean(), list(policy.parameters()))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        assert signal.tolist() == [True]
+        assert metrics["policy/clipfrac"] == 0.0
+
+    def test_groups_need_no_companions(self, tmp_path: Path) -> None:
+        run(tmp_path, replace(self.CONFIG, num_generations=1, prompts_per_step=8, steps=1))
+        assert read_metrics(tmp_path)[0]["reward/groups_skipped"] == 0.0
+
+
+def test_pass_at_k_favours_the_rare_success() -> None:
+    _, reference, batch = _batch()
+    totals = torch.zeros(4, 4, dtype=torch.float64)
+    totals[1, 0], totals[2, :3] = 1.0, 1.0
+    config = replace(CONFIG, advantage="pass_at_k", pass_k=2)
+    batch, signal = make_batch(batch.trajectories, totals.flatten(), reference, config)
+    of_completion = [float(batch.advantages[batch.rows == i][0]) for i in range(16)]
+    assert signal.tolist() == [False, True, True, False]
+    assert of_completion[4] == pytest.approx(1.0)  # rho = 1/2: (1 - 1/2) / (1/2)
+    assert of_completion[8:12] == [0.0] * 4  # any two of these four hold a success
 
 
 class TestEstimators:

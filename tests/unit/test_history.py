@@ -18,11 +18,8 @@ def test_counts_and_recency_are_those_of_the_text(text: list[int], bound: int) -
         if token not in known and len(known) == bound:
             known.pop(min(known, key=lambda other: known[other][1]))
         known[token] = (known.get(token, (0, 0))[0] + 1, step)
-    found = {
-        token: (count, last)
-        for token, count, last in zip(*(part[0].tolist() for part in history), strict=True)
-        if token >= 0
-    }
+    columns = (part[0].tolist() for part in (history.tokens, history.count, history.last))
+    found = {token: (count, last) for token, count, last in zip(*columns, strict=True) if token >= 0}
     assert found == known
     points = torch.where(history.tokens >= 0, history.tokens, -1)  # token i lies in point i
     features = history_features(history, points, len(text), 8)[0]

@@ -50,6 +50,8 @@ class Pipeline(PolicyModule):
     def __init__(self, steps: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
         super().__init__()
         self.rules = [make_rule(step) for step in steps]
+        self.needs = frozenset[str]().union(*(rule.needs for rule in self.rules))
+        self.layer_count = max((rule.layer_count for rule in self.rules), default=0)
         self.title = title or " ".join(describe(rule) for rule in self.rules) or "base"
 
     def initial_state(self, batch_size: int, device: torch.device) -> State | None:

@@ -9,37 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from asn_rl.errors import InvalidValue
+from asn_policies.heuristics.layer_contrast import LayerContrast
+from asn_policies.heuristics.repetition import FrequencyPresence, RepetitionPenalty
+from asn_policies.heuristics.rule import Rule, cut, require, require_count
 from asn_rl.ops import truncation
-from asn_rl.ops.logprobs import normalize, shifted
+from asn_rl.ops.logprobs import shifted
 from asn_rl.types import Observation, State
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One step of a pipeline. Stateless rules override `apply`; stateful ones also `initial_state` and `advance`."""
-
-    name: ClassVar[str]
-
-    def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        """(..., N) log-probabilities over points -> the same after this rule."""
-        raise NotImplementedError
-
-    def initial_state(self, batch_size: int, device: torch.device) -> State:
-        return {}
-
-    def advance(self, obs: Observation, state: State) -> State:
-        """The state at this step, given what the observation says about the previous token."""
-        return state
-
-
-def _require(ok: bool, rule: str, name: str, value: object, allowed: str, advice: str = "") -> None:
-    if not ok:
-        raise InvalidValue(f"{rule}.{name}", value, allowed, advice)
-
-
-def _require_count(rule: str, name: str, value: object) -> None:
-    _require(isinstance(value, int) and value >= 1, rule, name, value, "an integer >= 1")
 
 
 @dataclass(frozen=True)
@@ -49,7 +24,7 @@ class Greedy(Rule):
     name: ClassVar[str] = "greedy"
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.top_k(logprobs, obs.sketch.log_count, 1))
+        return cut(logprobs, truncation.top_k(logprobs, obs.sketch.log_count, 1))
 
 
 @dataclass(frozen=True)
@@ -61,7 +36,7 @@ class Temperature(Rule):
 
     def __post_init__(self) -> None:
         ok = 0 < self.temperature < math.inf
-        _require(ok, self.name, "temperature", self.temperature, "in (0, inf)", "for T = 0 use greedy")
+        require(ok, self.name, "temperature", self.temperature, "in (0, inf)", "for T = 0 use greedy")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
         return _heated(logprobs, obs, torch.full_like(logprobs[..., :1], self.temperature))
@@ -80,9 +55,9 @@ class EntropyTemperature(Rule):
     name: ClassVar[str] = "edt"
 
     def __post_init__(self) -> None:
-        _require(0 < self.temperature < math.inf, self.name, "temperature", self.temperature, "in (0, inf)")
-        _require(0 <= self.theta < math.inf, self.name, "theta", self.theta, "in [0, inf)")
-        _require(0 < self.base <= 1, self.name, "base", self.base, "in (0, 1]")
+        require(0 < self.temperature < math.inf, self.name, "temperature", self.temperature, "in (0, inf)")
+        require(0 <= self.theta < math.inf, self.name, "theta", self.theta, "in [0, inf)")
+        require(0 < self.base <= 1, self.name, "base", self.base, "in (0, 1]")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
         entropy = truncation.token_entropy(logprobs, obs.sketch.log_count).clamp_min(1e-3).unsqueeze(-1)
@@ -95,7 +70,7 @@ class _Truncation(Rule):
     min_tokens_to_keep: int = 1
 
     def _check_min_tokens(self) -> None:
-        _require_count(self.name, "min_tokens_to_keep", self.min_tokens_to_keep)
+        require_count(self.name, "min_tokens_to_keep", self.min_tokens_to_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +82,10 @@ class TopK(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require_count(self.name, "top_k", self.top_k)
+        require_count(self.name, "top_k", self.top_k)
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.top_k(logprobs, obs.sketch.log_count, self.top_k, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.top_k(logprobs, obs.sketch.log_count, self.top_k, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +97,10 @@ class TopP(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.top_p <= 1, self.name, "top_p", self.top_p, "in (0, 1]")
+        require(0 < self.top_p <= 1, self.name, "top_p", self.top_p, "in (0, 1]")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.top_p(logprobs, obs.sketch.log_count, self.top_p, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.top_p(logprobs, obs.sketch.log_count, self.top_p, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +112,10 @@ class MinP(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 <= self.min_p <= 1, self.name, "min_p", self.min_p, "in [0, 1]")
+        require(0 <= self.min_p <= 1, self.name, "min_p", self.min_p, "in [0, 1]")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.min_p(logprobs, obs.sketch.log_count, self.min_p, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.min_p(logprobs, obs.sketch.log_count, self.min_p, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +127,10 @@ class Typical(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.mass < 1, self.name, "mass", self.mass, "in (0, 1)")
+        require(0 < self.mass < 1, self.name, "mass", self.mass, "in (0, 1)")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.typical(logprobs, obs.sketch.log_count, self.mass, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.typical(logprobs, obs.sketch.log_count, self.mass, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +142,10 @@ class Epsilon(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.epsilon < 1, self.name, "epsilon", self.epsilon, "in (0, 1)")
+        require(0 < self.epsilon < 1, self.name, "epsilon", self.epsilon, "in (0, 1)")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.epsilon(logprobs, obs.sketch.log_count, self.epsilon, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.epsilon(logprobs, obs.sketch.log_count, self.epsilon, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +157,10 @@ class Eta(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.epsilon < 1, self.name, "epsilon", self.epsilon, "in (0, 1)")
+        require(0 < self.epsilon < 1, self.name, "epsilon", self.epsilon, "in (0, 1)")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.eta(logprobs, obs.sketch.log_count, self.epsilon, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.eta(logprobs, obs.sketch.log_count, self.epsilon, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +172,10 @@ class TopNSigma(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.n < math.inf, self.name, "n", self.n, "in (0, inf)")
+        require(0 < self.n < math.inf, self.name, "n", self.n, "in (0, inf)")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.top_n_sigma(logprobs, obs.sketch.log_count, self.n, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.top_n_sigma(logprobs, obs.sketch.log_count, self.n, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +187,10 @@ class TopH(_Truncation):
 
     def __post_init__(self) -> None:
         self._check_min_tokens()
-        _require(0 < self.alpha <= 1, self.name, "alpha", self.alpha, "in (0, 1]")
+        require(0 < self.alpha <= 1, self.name, "alpha", self.alpha, "in (0, 1]")
 
     def apply(self, logprobs: Tensor, obs: Observation, state: State) -> Tensor:
-        return _cut(logprobs, truncation.top_h(logprobs, obs.sketch.log_count, self.alpha, self.min_tokens_to_keep))
+        return cut(logprobs, truncation.top_h(logprobs, obs.sketch.log_count, self.alpha, self.min_tokens_to_keep))
 
 
 @dataclass(frozen=True)
@@ -233,9 +208,9 @@ class Mirostat(Rule):
     name: ClassVar[str] = "mirostat"
 
     def __post_init__(self) -> None:
-        _require(0 < self.tau < math.inf, self.name, "tau", self.tau, "in (0, inf) bits")
-        _require(0 < self.eta <= 1, self.name, "eta", self.eta, "in (0, 1]")
-        _require(self.version in (1, 2), self.name, "version", self.version, "1 or 2")
+        require(0 < self.tau < math.inf, self.name, "tau", self.tau, "in (0, inf) bits")
+        require(0 < self.eta <= 1, self.name, "eta", self.eta, "in (0, 1]")
+        require(self.version in (1, 2), self.name, "version", self.version, "1 or 2")
 
     def initial_state(self, batch_size: int, device: torch.device) -> State:
         return {"mu": torch.full((batch_size,), 2 * self.tau, device=device)}
@@ -255,14 +230,10 @@ class Mirostat(Rule):
             k = truncation.zipf_top_k(logprobs, log_count, tied, state["mu"])
             counts = torch.where(logprobs > -math.inf, log_count.exp(), 0.0)
             keep = truncation.exclusive_cumsum(counts).round() < k.unsqueeze(-1)
-        return _cut(logprobs, keep | truncation.top_k(logprobs, log_count, 1))
+        return cut(logprobs, keep | truncation.top_k(logprobs, log_count, 1))
 
 
 _POSITION, _LAST_SURPRISE = 0, 6
-
-
-def _cut(logprobs: Tensor, keep: Tensor) -> Tensor:
-    return normalize(torch.where(keep, logprobs, -math.inf))
 
 
 def _heated(logprobs: Tensor, obs: Observation, temperature: Tensor) -> Tensor:
@@ -275,5 +246,6 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         Greedy, Temperature, EntropyTemperature, TopK, TopP, MinP, Typical, Epsilon, Eta, TopNSigma, TopH, Mirostat,
+        RepetitionPenalty, FrequencyPresence, LayerContrast,
     )
 }  # fmt: skip
