@@ -1,4 +1,5 @@
-"""Gymnasium environments in which decoding is a Markov decision process and an action is a sketch point.
+"""Gymnasium environments in which decoding is a Markov decision process and an action is a sketch point, or the
+heuristic that draws.
 
 Importing the package registers the ids; models and torch are imported only when an environment is made:
 
@@ -18,3 +19,9 @@ register(
     entry_point="asn_envs.toy:ToyDecodingEnv",
     vector_entry_point="asn_envs.toy:ToyDecodingVectorEnv",
 )
+register(
+    id="asn/StrategyDecoding-v0",
+    entry_point="asn_envs.strategy:StrategyDecodingEnv",
+    vector_entry_point="asn_envs.strategy:StrategyDecodingVectorEnv",
+)
+register(id="asn/StrategyBandit-v0", entry_point="asn_envs.strategy_bandit:StrategyBanditEnv")

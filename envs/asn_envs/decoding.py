@@ -8,7 +8,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
+from torch import Tensor
 
+from asn_envs.generation import Drawn
 from asn_envs.infos import Info, episode_info, state_info, token_info
 from asn_envs.scoring import score
 from asn_envs.sources import BackendSource, PromptsSource, RewardSource
@@ -107,6 +109,7 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
+    action_meaning = "point"
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
         self.render_mode = checked_render_mode(render_mode)
         self.observation_space = observation_space(self.task.limits.size)
         self.action_space = action_space(self.task.limits.size)
+        self._num_actions = self.task.limits.size.points
         self._generation = self.task.generation(1)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, Info]:
@@ -138,9 +142,7 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
             UnknownName: no such prompt or option.
         """
         super().reset(seed=seed)
-        prompt_id = checked_options(options, ["prompt_id"]).get("prompt_id")
-        index = self.task.choose_prompt(self.np_random, prompt_id)
-        self._generation.begin([0], [self.task.prompts[index]], [self.task.prompt_ids[index]])
+        self._begin(checked_options(options, ["prompt_id"]).get("prompt_id"))
         return self._seen(self._generation.observation())
 
     def step(self, action: np.int64 | int) -> tuple[Obs, float, bool, bool, Info]:
@@ -151,14 +153,12 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
             ResetNeeded: no episode is under way.
             RewardError: the reward function broke its contract.
         """
-        point = checked_actions(action, (), self.task.limits.size.points)
+        chosen = checked_actions(action, (), self._num_actions, self.action_meaning)
         if not self._generation.active.any():
             raise ResetNeeded("no episode is under way; call reset() before step()")
-        device = self.task.backend.device
-        uniform = torch.tensor([self.np_random.random()], dtype=torch.float64, device=device)
-        drawn = self._generation.advance(torch.tensor([int(point)], device=device), uniform)
+        drawn, news = self._draw(torch.from_numpy(chosen.reshape(1)).to(self.task.backend.device))
         obs, info = self._seen(self._generation.observation())
-        info |= token_info(int(drawn.tokens[0]), float(drawn.base_logprobs[0]), bool(drawn.empty_point[0]))
+        info |= news
         terminated, truncated = bool(drawn.terminated[0]), bool(drawn.truncated[0])
         if not (terminated or truncated):
             return obs, 0.0, False, False, info
@@ -175,22 +175,38 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
         """Free the base model's cache; the base model itself may serve other environments."""
         self._generation.clear()
 
+    def _begin(self, prompt_id: str | None) -> None:
+        index = self.task.choose_prompt(self.np_random, prompt_id)
+        self._generation.begin([0], [self.task.prompts[index]], [self.task.prompt_ids[index]])
+
+    def _draw(self, action: Tensor) -> tuple[Drawn, Info]:
+        """Draw a token under an action (1,), and what is to be told of it."""
+        drawn = self._generation.advance(action, self._uniforms(1)[:, 0])
+        return drawn, token_info(int(drawn.tokens[0]), float(drawn.base_logprobs[0]), bool(drawn.empty_point[0]))
+
+    def _uniforms(self, count: int) -> Tensor:
+        """(1, count) float64 draws in [0, 1)."""
+        return torch.from_numpy(self.np_random.random((1, count))).to(self.task.backend.device)
+
     def _seen(self, observed: Observation) -> tuple[Obs, Info]:
         prompt = self._generation.prompts[0]
         assert prompt is not None
         obs = {name: value[0].cpu().numpy() for name, value in as_dict(observed).items()}
-        return obs, state_info(prompt.id, observed.sketch.mask[0].cpu().numpy())
+        return obs, self._state_info(prompt.id, observed)
+
+    def _state_info(self, prompt_id: str, observed: Observation) -> Info:
+        return state_info(prompt_id, observed.sketch.mask[0].cpu().numpy())
 
 
-def checked_actions(actions: Any, shape: tuple[int, ...], points: int) -> np.ndarray:
-    """Actions as int64 of `shape`; `InvalidValue` unless all of them are integers in [0, points)."""
+def checked_actions(actions: Any, shape: tuple[int, ...], count: int, meaning: str) -> np.ndarray:
+    """Actions as int64 of `shape`; `InvalidValue` unless all of them are integers in [0, count)."""
     array = np.asarray(actions)
-    allowed = f"integers of shape {shape} in [0, {points - 1}]" if shape else f"an integer in [0, {points - 1}]"
+    allowed = f"integers of shape {shape} in [0, {count - 1}]" if shape else f"an integer in [0, {count - 1}]"
     if array.shape != shape or array.dtype.kind not in "iu":
-        raise InvalidValue("action", actions, allowed, "an action is the index of a point")
-    outside = array[(array < 0) | (array >= points)]
+        raise InvalidValue("action", actions, allowed, f"an action is the index of a {meaning}")
+    outside = array[(array < 0) | (array >= count)]
     if outside.size:
-        raise InvalidValue("action", int(outside.flat[0]), allowed, "an action is the index of a point")
+        raise InvalidValue("action", int(outside.flat[0]), allowed, f"an action is the index of a {meaning}")
     return array.astype(np.int64)
 
 

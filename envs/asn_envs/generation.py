@@ -39,7 +39,8 @@ class Generation:
     """R completions under way on a backend. The policy is elsewhere: it reads `observation` and hands in points.
 
     Args:
-        budget: most tokens of a completion, the end-of-sequence token included.
+        budget: most tokens of a completion, the end-of-sequence token included; `budgets` may lower a row's after
+            `begin`.
         needs: optional observation entries to capture, among "hidden" and "prompt_embedding".
     """
 
@@ -52,6 +53,7 @@ class Generation:
         self.cohorts = Cohorts(backend, hidden=bool(needs))
         device = backend.device
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.budgets = torch.full((rows,), budget, device=device)
         self._position = torch.zeros(rows, dtype=torch.long, device=device)
         self._last_surprise = torch.zeros(rows, device=device)
         self._surprise_sum = torch.zeros(rows, device=device)
@@ -71,6 +73,7 @@ class Generation:
         for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row], self.completion_ids[row] = prompt, []
         self.active = self.active | fresh
+        self.budgets[index] = self.budget
         self._position[index] = 0
         self._last_surprise[index] = 0.0
         self._surprise_sum[index] = 0.0
@@ -97,7 +100,7 @@ class Generation:
 
         moved, tokens = self.active, self._spread(rows, chosen)
         terminated = moved & torch.isin(tokens, self._eos)
-        truncated = moved & ~terminated & (self._position >= self.budget)
+        truncated = moved & ~terminated & (self._position >= self.budgets)
         ended = terminated | truncated
         self.active = moved & ~ended
         self.cohorts.drop(ended)
@@ -152,7 +155,7 @@ class Generation:
         return self._now
 
     def _observe(self, sketch: Sketch, hidden: Tensor | None) -> Observation:
-        left = self.budget - self._position
+        left = self.budgets - self._position
         context = context_vector(sketch, self._position, left, self._last_surprise, self._surprise_sum)
         embedding = self._embedding.clone() if "prompt_embedding" in self.needs else None
         return Observation(sketch, context, hidden=hidden, prompt_embedding=embedding)

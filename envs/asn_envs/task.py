@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 
 from asn_envs.generation import Generation
 from asn_envs.sources import BackendSource, PromptsSource, RewardSource, as_backend, as_prompts, as_reward, find_prompt
-from asn_rl.errors import UnknownName
+from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.protocols import LogitsBackend, RewardFunction
 from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.types import Prompt
 
 DEFAULT_BACKEND = "smollm2-135m-instruct"
+NEEDS = frozenset({"hidden", "prompt_embedding"})
+"""optional observation entries that the environments capture"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,19 @@ class Task:
             return int(rng.integers(len(self.prompts)))
         return find_prompt(self.index, prompt_id)
 
-    def generation(self, rows: int, needs: frozenset[str] = frozenset()) -> Generation:
-        return Generation(self.backend, self.limits.size, self.limits.max_new_tokens, rows, needs)
+    def generation(self, rows: int, needs: Collection[str] = ()) -> Generation:
+        """Completions under way in `rows` rows.
+
+        Raises:
+            InvalidValue: an optional observation entry in `needs` that the environments do not capture.
+        """
+        return Generation(self.backend, self.limits.size, self.limits.max_new_tokens, rows, checked_needs(needs))
+
+
+def checked_needs(needs: Collection[str]) -> frozenset[str]:
+    if not NEEDS.issuperset(needs):
+        raise InvalidValue("needs", sorted(needs), f"a subset of {sorted(NEEDS)}", "nothing else is captured here")
+    return frozenset(needs)
 
 
 def checked_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:

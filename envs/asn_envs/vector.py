@@ -24,8 +24,6 @@ from asn_rl.errors import InvalidValue
 from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Observation
 
-NEEDS = frozenset({"hidden", "prompt_embedding"})
-
 
 class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     """`num_envs` copies of `DecodingEnv` on one base model.
@@ -70,6 +68,8 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     * v0: first version.
     """
 
+    action_meaning = "point"
+
     def __init__(
         self,
         prompts: PromptsSource,
@@ -91,8 +91,6 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise InvalidValue("num_envs", num_envs, ">= 1")
         if output not in ("numpy", "torch"):
             raise InvalidValue("output", output, "'numpy' or 'torch'")
-        if not NEEDS.issuperset(needs):
-            raise InvalidValue("needs", list(needs), f"a subset of {sorted(NEEDS)}")
         budget = max_new_tokens if max_episode_steps is None else min(max_new_tokens, max_episode_steps)
         self.task = Task.make(prompts, reward, backend, RolloutConfig(budget, head, tail))
         self.num_envs = num_envs
@@ -103,9 +101,10 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self.render_mode = checked_render_mode(render_mode)
         self.single_observation_space = observation_space(self.task.limits.size)
         self.single_action_space = action_space(self.task.limits.size)
+        self._num_actions = self.task.limits.size.points
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generation = self.task.generation(num_envs, frozenset(needs))
+        self._generation = self.task.generation(num_envs, needs)
         self._rngs: list[np.random.Generator] = []
 
     @property
@@ -164,14 +163,14 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             ResetNeeded: no row is under way.
             RewardError: the reward function broke its contract.
         """
-        points = self._checked_points(actions)
+        chosen = self._checked_actions(actions)
         moved = np.flatnonzero(self.active).tolist()
         if not moved:
             raise ResetNeeded("no episode is under way; call reset(), all or with a reset_mask, before step()")
-        drawn = self._generation.advance(points, self._uniforms(moved))
+        drawn, told = self._draw(chosen, moved)
         ended = (drawn.terminated | drawn.truncated).nonzero().squeeze(-1).tolist()
         rewards, endings = self._score(ended, drawn)
-        news = {row: info | endings.get(row, {}) for row, info in _token_infos(moved, drawn).items()}
+        news = {row: info | endings.get(row, {}) for row, info in told.items()}
 
         infos: dict[str, Any] = {}
         if ended and self.autoreset_mode is AutoresetMode.SAME_STEP:
@@ -207,14 +206,21 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         chosen = [self.task.choose_prompt(self._rngs[row], prompt_ids[row]) for row in rows]
         self._generation.begin(rows, [self.task.prompts[i] for i in chosen], [self.task.prompt_ids[i] for i in chosen])
 
-    def _checked_points(self, actions: Any) -> Tensor:
+    def _checked_actions(self, actions: Any) -> Tensor:
         values = actions.cpu().numpy() if isinstance(actions, Tensor) else actions
-        points = checked_actions(values, (self.num_envs,), self.task.limits.size.points)
-        return torch.from_numpy(points).to(self.task.backend.device)
+        chosen = checked_actions(values, (self.num_envs,), self._num_actions, self.action_meaning)
+        return torch.from_numpy(chosen).to(self.task.backend.device)
 
-    def _uniforms(self, rows: Sequence[int]) -> Tensor:
-        uniforms = np.zeros(self.num_envs)
-        uniforms[rows] = [self._rngs[row].random() for row in rows]
+    def _draw(self, actions: Tensor, rows: Sequence[int]) -> tuple[Drawn, dict[int, Info]]:
+        """Draw a token in each of the rows under actions (num_envs,), and what is to be told of it."""
+        drawn = self._generation.advance(actions, self._uniforms(rows, 1)[:, 0])
+        return drawn, _token_infos(rows, drawn)
+
+    def _uniforms(self, rows: Sequence[int], count: int) -> Tensor:
+        """(num_envs, count) float64 draws in [0, 1) for some rows, zero elsewhere."""
+        uniforms = np.zeros((self.num_envs, count))
+        for row in rows:
+            uniforms[row] = self._rngs[row].random(count)
         return torch.from_numpy(uniforms).to(self.task.backend.device)
 
     def _score(self, ended: Sequence[int], drawn: Drawn) -> tuple[np.ndarray, dict[int, Info]]:

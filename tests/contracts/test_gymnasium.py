@@ -18,12 +18,17 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
 
 from asn_envs.decoding import DecodingEnv
+from asn_envs.strategy import StrategyDecodingEnv
+from asn_envs.strategy_bandit import StrategyBanditEnv
 from asn_envs.toy import LENGTH, ToyDecodingVectorEnv
 from asn_envs.vector import DecodingVectorEnv
 from asn_rl.backends.hf import HFBackend
 
 DECODING = "asn_envs:asn/Decoding-v0"
 TOY = "asn_envs:asn/ToyDecoding-v0"
+STRATEGY = "asn_envs:asn/StrategyDecoding-v0"
+BANDIT = "asn_envs:asn/StrategyBandit-v0"
+STRATEGIES = [{"name": "greedy", "processors": [{"name": "greedy"}]}, {"name": "T=1", "processors": []}]
 
 
 @pytest.fixture
@@ -63,6 +68,23 @@ def test_check_env_on_a_decoding_task(arguments: dict[str, Any]):
     check_env(gym.make(DECODING, **arguments | {"max_new_tokens": 1, "limit_terminates": True}).unwrapped)
 
 
+@pytest.mark.parametrize("options", [{}, {"budgets": [1, 4], "confident_above": 0.5, "limit_terminates": True}])
+def test_check_env_on_a_choice_of_strategies(arguments: dict[str, Any], options: dict[str, Any]):
+    env = gym.make(STRATEGY, strategies=STRATEGIES, **arguments | options)
+    assert env.spec is not None
+    check_env(gym.make(EnvSpec.from_json(env.spec.to_json())).unwrapped)
+    envs = gym.make_vec(STRATEGY, num_envs=2, strategies=STRATEGIES, **arguments | options)
+    envs.reset(seed=0)
+    for _ in range(10):
+        assert envs.observation_space.contains(envs.step(envs.action_space.sample())[0])
+
+
+def test_check_env_on_the_bandit(arguments: dict[str, Any]):
+    env = gym.make(BANDIT, strategies=STRATEGIES, budgets=[1, 3], **arguments)
+    assert env.spec is not None
+    check_env(gym.make(EnvSpec.from_json(env.spec.to_json())).unwrapped)
+
+
 def contains_seven(prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any) -> list[float | None]:
     return [float("7" in text) for text in completions]
 
@@ -80,6 +102,19 @@ def test_check_env_on_the_real_model(smollm: HFBackend):
     )
     env.spec = EnvSpec("asn/Decoding-v0", entry_point=lambda render_mode=None: env)  # type: ignore[arg-type]
     check_env(env, skip_render_check=True, skip_close_check=True)
+
+
+def test_strategies_on_the_real_model(smollm: HFBackend):
+    prompts = [{"id": "sum", "prompt": "What is 3 + 4?"}, {"id": "animal", "prompt": "Name an animal."}]
+    decoding = StrategyDecodingEnv(
+        prompts, contains_seven, STRATEGIES, smollm, max_new_tokens=4, budgets=[2, 4], confident_above=0.95
+    )
+    bandit = StrategyBanditEnv(prompts, contains_seven, STRATEGIES, smollm, max_new_tokens=8, budgets=[1, 2])
+    for env in (decoding, bandit):
+        env.spec = EnvSpec("asn/Env-v0", entry_point=lambda render_mode=None, env=env: env)  # type: ignore[arg-type]
+        check_env(env, skip_render_check=True, skip_close_check=True)
+    bandit.reset(seed=0, options={"prompt_id": "sum"})
+    assert bandit.step(0)[1] == 1.0  # greedy: "3 + 4 is equal to 7."
 
 
 def test_vector_environment_on_the_real_model(smollm: HFBackend):
