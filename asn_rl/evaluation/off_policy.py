@@ -1,0 +1,307 @@
+"""What another policy would have earned, from a log of what one policy did: importance-weighted estimates.
+
+Bandits (one action a sample, `RewardLog` with propensities): inverse propensity scores, their self-normalised form
+(Swaminathan & Joachims 2015) and the doubly robust one (Dudik et al. 2011, arXiv:1103.4601). Token policies
+(`Trajectories`, whose log-probs are those that were drawn from): per-decision importance sampling (Precup et al. 2000).
+
+A sample is weighted by how much likelier the target policy makes it than the log did. Three things must hold:
+- the log could have drawn whatever the target draws. `Estimate.mean_weight` is 1 in expectation if so, below 1 if not;
+- a sample's reward depends on that sample alone. Rewards that compare a group (distinct answers) do not: weighting
+  single samples says nothing about them;
+- masked rewards (NaN, left out) are masked whatever was drawn; the self-normalised forms need only that a mask does not
+  depend on which policy drew the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from asn_rl.errors import DataError, InvalidValue, check_at_least
+from asn_rl.evaluation.reward_log import RewardLog, check_distribution
+from asn_rl.evaluation.statistics import Interval
+from asn_rl.protocols import Policy
+from asn_rl.types import Trajectories
+from asn_rl.unroll import recorded_logprobs
+
+_BATCH = 1_000_000
+"""numbers held at a time by the bootstrap"""
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: prompts are resampled within their stratum, each with all of its samples."""
+
+    resamples: int = 10_000
+    """bootstrap resamples of the prompts"""
+    level: float = 0.95
+    """coverage of the intervals"""
+    seed: int = 0
+    """keys the resamples"""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "resamples")
+        if not 0 < self.level < 1:
+            raise InvalidValue("level", self.level, "in (0, 1)")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An off-policy estimate of a mean reward. NaN where no sample has any weight."""
+
+    reward: Interval
+    """mean over strata of the mean over prompts; bounds are NaN where resamples occur that have no weight"""
+    ess: float
+    """effective sample size (sum of weights)^2 / (sum of squared weights) (Kong 1992)"""
+    mean_weight: float
+    """1 in expectation where the log could have drawn whatever the target draws"""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Per-prompt means that a ratio estimate is made of: sum over K of mean numerator / mean denominator.
+
+    K is 1, or the number of decisions that are normalised one by one.
+    """
+
+    numerators: np.ndarray
+    """(P, K)"""
+    denominators: np.ndarray
+    """(P, K)"""
+    prompts: np.ndarray
+    """P prompts, ascending"""
+    strata: np.ndarray
+    """P labels"""
+
+    def minus(self, values: np.ndarray) -> Terms:
+        """Terms of the difference to the mean of (P,) values of the same prompts: both are resampled together, so that
+        what the prompts share cancels."""
+        column = np.asarray(values, dtype=np.float64)[:, None]
+        return replace(
+            self,
+            numerators=np.concatenate([self.numerators, -column], 1),
+            denominators=np.concatenate([self.denominators, np.ones_like(column)], 1),
+        )
+
+    def interval(self, how: Resampling) -> Interval:
+        """The estimate with its bootstrap percentile interval."""
+        generator = np.random.default_rng(how.seed)
+        parts = [self.strata == label for label in np.unique(self.strata)]
+        mean = np.mean([_ratio(self.numerators[rows].mean(0), self.denominators[rows].mean(0)) for rows in parts])
+        draws = np.mean([self._draws(rows, how.resamples, generator) for rows in parts], 0)
+        low, high = np.quantile(draws, [(1 - how.level) / 2, (1 + how.level) / 2])
+        return Interval(float(mean), float(low), float(high))
+
+    def _draws(self, rows: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+        """(resamples,) estimates of one stratum; a batch of resamples at a time."""
+        numerators, denominators = self.numerators[rows], self.denominators[rows]
+        count, width = numerators.shape
+        step = max(1, _BATCH // max(count, width))
+        draws = []
+        for done in range(0, resamples, step):
+            times = generator.multinomial(count, np.full(count, 1 / count), min(step, resamples - done)).astype(float)
+            draws.append(_ratio(times @ numerators / count, times @ denominators / count))
+        return np.concatenate(draws)
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """(...) sum over the last axis of the ratios; NaN where a denominator is 0."""
+    positive = denominators > 0
+    return np.where(positive, numerators / np.where(positive, denominators, 1), np.nan).sum(-1)
+
+
+# Bandits
+
+
+def ips(log: RewardLog, target: np.ndarray, how: Resampling | None = None) -> Estimate:
+    """Inverse propensity scores: mean of w r. Unbiased; its spread grows with the largest weight.
+
+    Args:
+        target: (P, A) action probabilities of the policy in question.
+
+    Raises:
+        InvalidValue: a log without propensities, or a target that is no distribution over its actions.
+    """
+    return _bandit_estimate(log, target, None, normalise=False, how=how)
+
+
+def self_normalised(log: RewardLog, target: np.ndarray, how: Resampling | None = None) -> Estimate:
+    """Sum of w r over sum of w, within a stratum: consistent, never outside the range of the rewards. See `ips`."""
+    return _bandit_estimate(log, target, None, normalise=True, how=how)
+
+
+def doubly_robust(log: RewardLog, target: np.ndarray, model: np.ndarray, how: Resampling | None = None) -> Estimate:
+    """Mean of sum_a pi(a) q(a) + w (r - q(drawn action)): unbiased for any q, and exact where q is. See `ips`.
+
+    Args:
+        model: (P, A) predicted rewards q. They must not have seen the log's own rewards of the same prompt: predict by
+            a model that was fitted on other prompts or other samples.
+    """
+    if model.shape != log.means.shape or not np.isfinite(model).all():
+        raise InvalidValue("model", f"shape {model.shape}", f"finite predictions {log.means.shape}")
+    return _bandit_estimate(log, target, model, normalise=False, how=how)
+
+
+def _bandit_estimate(
+    log: RewardLog, target: np.ndarray, model: np.ndarray | None, *, normalise: bool, how: Resampling | None
+) -> Estimate:
+    if log.propensities is None:
+        raise InvalidValue(
+            "propensities",
+            None,
+            "the (P, A) probabilities that the logged actions were drawn with",
+            "a log without propensities cannot be weighted. Where every action was run, average its rewards instead",
+        )
+    check_distribution("target", target, log.propensities.shape)
+    action = log.present.argmax(1)  # (P, S)
+    rewards = np.take_along_axis(log.rewards, action[:, None], 1)[:, 0]
+    weights = np.take_along_axis(target / np.where(log.propensities > 0, log.propensities, 1), action, 1)
+    prompts = np.repeat(np.arange(len(rewards)), rewards.shape[1])
+    baseline, direct = np.zeros_like(rewards), np.zeros(len(rewards))
+    if model is not None:
+        baseline, direct = np.take_along_axis(model, action, 1), (target * model).sum(-1)
+    gains = (weights * (rewards - baseline) + direct[:, None]).reshape(-1, 1)
+    flat = weights.reshape(-1)
+    return _estimate(gains, flat[:, None] if normalise else np.ones_like(gains), flat, prompts, log.strata, how)
+
+
+# Token policies
+
+
+def log_ratios(policy: Policy, trajectories: Trajectories) -> Tensor:
+    """(S,) float64 log(pi / behaviour) of every token, nats; -inf: `policy` never draws it.
+
+    Exact: both sides are log-probs of the distributions over points that are drawn from. What happens inside a point
+    is the base model's, and cancels.
+
+    Raises:
+        DataError: the policy reads something that the trajectories did not record.
+    """
+    obs = trajectories.observations
+    missing = sorted(name for name in policy.needs if getattr(obs, name) is None)
+    if missing:
+        raise DataError(
+            f"the log did not record {', '.join(missing)}, which {type(policy).__name__} reads; roll out with "
+            f"capture={missing}"
+        )
+    at_point = trajectories.points.unsqueeze(-1)
+    inner = trajectories.base_logprobs - obs.sketch.log_mass.gather(-1, at_point).squeeze(-1)
+    target = recorded_logprobs(policy, trajectories).gather(-1, at_point).squeeze(-1)
+    return target.double() + inner.double() - trajectories.behaviour_logprobs.double()
+
+
+def per_decision(
+    policy: Policy,
+    trajectories: Trajectories,
+    rewards: np.ndarray,
+    strata: Sequence[str] | None = None,
+    *,
+    token_rewards: np.ndarray | None = None,
+    normalise: bool = True,
+    how: Resampling | None = None,
+) -> Estimate:
+    """Mean reward of a policy from completions that another one drew.
+
+    The reward of a completion is weighted by the product of all its ratios, a token's own reward by the product up to
+    that token only, as later choices cannot change it (Precup et al. 2000, equation 3).
+
+    Args:
+        rewards: (B,) reward of each completion, from that completion alone; NaN: masked, with its token rewards.
+        strata: B labels, equal for completions of one prompt; default: one stratum.
+        token_rewards: (S,) further rewards by token, for example minus a price.
+        normalise: divide by the mean weight, step by step where there are token rewards: consistent and far less
+            spread; else unbiased.
+
+    Raises:
+        InvalidValue: arrays of the wrong length, or everything masked.
+        DataError: see `log_ratios`.
+    """
+    ratios = log_ratios(policy, trajectories).numpy()
+    terms, log_weights = decision_terms(ratios, trajectories, rewards, strata, token_rewards, normalise)
+    ess, mean = effective_sample_size(log_weights), float(np.exp(log_weights).mean())
+    return Estimate(terms.interval(how or Resampling()), ess, mean)
+
+
+def decision_terms(
+    ratios: np.ndarray,
+    trajectories: Trajectories,
+    rewards: np.ndarray,
+    strata: Sequence[str] | None = None,
+    token_rewards: np.ndarray | None = None,
+    normalise: bool = True,
+) -> tuple[Terms, np.ndarray]:
+    """What `per_decision` is made of, given (S,) log ratios: terms by prompt, and the log-weights of whole completions
+    that are not masked."""
+    count, lengths = len(trajectories), trajectories.lengths.numpy()
+    if rewards.shape != (count,):
+        raise InvalidValue("rewards shape", rewards.shape, f"({count},), one a completion")
+    if token_rewards is not None and token_rewards.shape != ratios.shape:
+        raise InvalidValue("token_rewards shape", token_rewards.shape, f"{ratios.shape}, one a token")
+    if strata is not None and len(strata) != count:
+        raise InvalidValue("strata", len(strata), f"{count} labels, one a completion")
+    rows, steps = np.repeat(np.arange(count), lengths), np.concatenate([np.arange(n) for n in lengths])
+    # After its end a completion keeps its weight.
+    by_step = np.zeros((count, lengths.max()))
+    by_step[rows, steps] = ratios
+    log_weights = by_step.cumsum(1) if token_rewards is not None else by_step.sum(1, keepdims=True)
+    gains = np.zeros_like(log_weights)
+    if token_rewards is not None:
+        gains[rows, steps] = token_rewards
+    gains[:, -1] += rewards  # the last column holds the weights of whole completions
+    kept = ~np.isnan(rewards)
+    log_weights, gains = log_weights[kept], gains[kept]
+    weights = np.exp(log_weights)
+    if normalise:
+        weights = _scaled(log_weights)
+    ids = np.array([prompt.id for prompt in trajectories.prompts])[kept]
+    labels = np.array(["all"] * count if strata is None else strata)[kept]
+    denominators = weights if normalise else np.ones_like(weights)
+    return _terms(weights * gains, denominators, ids, labels), log_weights[:, -1]
+
+
+def effective_sample_size(log_weights: np.ndarray) -> float:
+    """(sum of weights)^2 / (sum of squared weights) of (n,) log-weights; 0 where none has weight (Kong 1992)."""
+    weights = _scaled(log_weights)
+    squares = float((weights**2).sum())
+    return float(weights.sum()) ** 2 / squares if squares > 0 else 0.0
+
+
+def _scaled(log_weights: np.ndarray) -> np.ndarray:
+    """Weights of (n, ...) log-weights up to a factor that makes the largest 1: those of long completions may all be
+    below the smallest float."""
+    peak = log_weights.max(0, initial=-np.inf)
+    return np.exp(log_weights - np.where(np.isfinite(peak), peak, 0))
+
+
+def _estimate(
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    weights: np.ndarray,
+    prompts: np.ndarray,
+    strata: Sequence[str],
+    how: Resampling | None,
+) -> Estimate:
+    """An estimate of (n, K) terms and (n,) weights; terms that are NaN are masked."""
+    kept = ~np.isnan(numerators).any(-1)
+    labels = np.asarray(strata)[prompts[kept]]
+    terms = _terms(numerators[kept], denominators[kept], prompts[kept], labels)
+    with np.errstate(divide="ignore"):
+        ess = effective_sample_size(np.log(weights[kept]))
+    return Estimate(terms.interval(how or Resampling()), ess, float(weights[kept].mean()))
+
+
+def _terms(numerators: np.ndarray, denominators: np.ndarray, prompts: np.ndarray, strata: np.ndarray) -> Terms:
+    """Means over the samples of each prompt."""
+    if not len(prompts):
+        raise InvalidValue("rewards", "only NaN", "at least one number", "all are masked")
+    names, first, index = np.unique(prompts, return_index=True, return_inverse=True)
+    if (strata != strata[first][index]).any():
+        raise InvalidValue("strata", "several of one prompt", "equal for all completions of a prompt")
+    counts = np.bincount(index)[:, None]
+    means = [np.zeros((len(names), part.shape[1])) for part in (numerators, denominators)]
+    for total, part in zip(means, (numerators, denominators), strict=True):
+        np.add.at(total, index, part / counts[index])
+    return Terms(means[0], means[1], names, strata[first])
