@@ -5,28 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from asn_rl import __version__
-from asn_rl.errors import AsnError, ConfigError
+from asn_rl._job_verbs import JOB_VERBS, add_job_options, run_job_verb
+from asn_rl.errors import AsnError
 from asn_rl.registry import allow_local_plugins
 from asn_rl.threads import limit_spinning
-
-if TYPE_CHECKING:
-    from asn_rl.job import Job
-
-_JOB_VERBS = {
-    "run": "the whole job: generate, verify, label, select, distill, grpo, compare, report",
-    "generate": "complete training and selection prompts under every heuristic of the grid",
-    "verify": "check that every candidate is there; exit status 1 if not",
-    "label": "score the candidates with every labeller",
-    "select": "rate the heuristics prompt by prompt, keep the best candidates; which rule wins where",
-    "distill": "teach the policy what won",
-    "grpo": "improve the policy by GRPO against an older checkpoint",
-    "compare": "compare the policies with static rules on held-out prompts",
-    "report": "write report.html",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="asn-rl", description="Teach a frozen language model how to sample.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for name, summary in _JOB_VERBS.items():
-        _add_job_verb(verbs, name, summary)
+    for name, verb in JOB_VERBS.items():
+        example = f"asn-rl {name} --config configs/demo.yaml --run runs/demo {verb.example}"
+        _add(verbs, name, verb.summary, example, partial(run_job_verb, verb), partial(add_job_options, verb))
     _add(
         verbs, "keys", "list every setting of a job with its default and meaning", "asn-rl keys", _keys, lambda p: None
     )
@@ -68,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--output", type=Path, required=True, help="YAML file to write"),
         ),
     )
-    _add_job_verb(verbs, "train-reward-model", "fit a small reward model to a labeller's scores in a run folder")
     _add(
         verbs,
         "index-corpus",
@@ -110,90 +96,6 @@ def _add(
     )
     options(parser)
     parser.set_defaults(function=function)
-
-
-def _add_job_verb(verbs: argparse._SubParsersAction, name: str, summary: str) -> None:
-    def options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--config", type=Path, required=True, help="YAML file, for example configs/demo.yaml")
-        parser.add_argument("--run", type=Path, required=True, help="run folder; an unfinished one is continued")
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
-        if name == "verify":
-            parser.add_argument("--fix", action="store_true", help="generate what is missing")
-        if name == "train-reward-model":
-            parser.add_argument("--labeller", required=True, help="whose scores to learn, for example numeric_answer")
-            parser.add_argument("--output", type=Path, required=True, help="folder of the reward model")
-        if name in ("label", "select"):
-            parser.add_argument(
-                "--engine", choices=("local", "ray"), default="local", help="run here, or as Ray Data on a cluster"
-            )
-            parser.add_argument(
-                "--ray-address", help="running cluster (auto: the one of this machine); default: a new one"
-            )
-
-    own = {"train-reward-model": "--labeller numeric_answer --output reward-model"}.get(name, "grpo.steps=10")
-    example = f"asn-rl {name} --config configs/demo.yaml --run runs/demo {own}"
-    _add(verbs, name, summary, example, _job_verb, options)
-
-
-def _job_verb(options: argparse.Namespace) -> int:
-    from asn_rl.config import load_config
-    from asn_rl.job import JobConfig
-
-    config = load_config(JobConfig, options.config, options.overrides)
-
-    from asn_rl import job as stages
-    from asn_rl.analysis.labelling_report import write_labelling_report
-    from asn_rl.analysis.report import print_comparison, write_report
-
-    job = stages.Job(config, options.run)
-    if options.verb == "verify":
-        return _verify(job, fix=options.fix)
-    if options.verb == "generate":
-        stages.generate(job)
-    elif options.verb == "label":
-        stages.label(job, *_engine(options))
-    elif options.verb == "select":
-        stages.select(job, *_engine(options))
-        print(f"report: {write_labelling_report(job.run)}")
-    elif options.verb == "train-reward-model":
-        report = stages.fit_reward_model(job, options.labeller, options.output)
-        print(
-            f"{options.output}: {report.accuracy:.3f} [{report.accuracy_low:.3f}, {report.accuracy_high:.3f}] of "
-            f"{report.held_out_pairs} pairs of {report.held_out_prompts} held-out prompts in the right order"
-        )
-    elif options.verb == "distill":
-        stages.distil(job)
-    elif options.verb == "grpo":
-        stages.reinforce(job)
-    else:
-        print_comparison(stages.compare(job))
-        if options.verb in ("report", "run"):
-            print(f"reports: {write_labelling_report(job.run)} and {write_report(job)}")
-    return 0
-
-
-def _verify(job: Job, *, fix: bool) -> int:
-    from asn_rl import job as stages
-
-    if fix:
-        stages.generate(job)
-    found = stages.verify(job)
-    for split, part in found.items():
-        for line in part.lines():
-            print(f"{split}: {line}")
-    return 0 if all(part.ok for part in found.values()) else 1
-
-
-def _engine(options: argparse.Namespace) -> list[Any]:
-    """The engine that was asked for; none: the stage's own."""
-    if options.engine == "local":
-        if options.ray_address is not None:
-            raise ConfigError(f"--ray-address {options.ray_address!r} needs --engine ray")
-        return []
-    from asn_rl.labelling.ray_engine import RayConfig, ray_engine, ray_map
-
-    config = RayConfig(address=options.ray_address)
-    return [ray_engine(config) if options.verb == "label" else ray_map(config)]
 
 
 def _keys(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
+import _recipe
+
 from asn_rl.analysis.labelling_report import write_labelling_report
 from asn_rl.analysis.report import print_comparison, write_report
 from asn_rl.config import load_config
@@ -15,10 +17,16 @@ from asn_rl.runs import console
 ROOT = Path(__file__).resolve().parent.parent
 
 # First seed and the distance between runs: candidates count on from theirs.
-_SEEDS = {"generate": (1000, 1000), "distill": (0, 1), "grpo": (0, 1), "compare": (2000, 1)}
+_SEEDS = {"generate": (1000, 1000), "distill": (0, 1), "grpo": (0, 1), "ppo": (0, 1), "compare": (2000, 1)}
 
 
-def run(options: argparse.Namespace) -> None:
+def main(description: str | None, *, config: str, run: str) -> int:
+    """A recipe with its own default configuration and run folder; returns the exit status."""
+    options = _options(description, config=config, run=run)
+    return _recipe.exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     """Everything that `asn-rl run` does."""
     begin = time.monotonic()
     seeds = [f"{section}.seed={base + stride * options.seed}" for section, (base, stride) in _SEEDS.items()]
@@ -40,17 +48,18 @@ def _stages(job: Job) -> Path:
         say(f"   {name:22s}" + "  ".join(f"{stratum} {mean:.3f}" for stratum, mean in means.items()), highlight=False)
     say(f"   best static rule on the selection split: [bold]{selection['best_static']}[/]", highlight=False)
     say(f"   {write_labelling_report(job.run)} shows more", highlight=False)
-    say("\n[bold]3. Distil[/] what won into one small policy.")
-    policy = distil(job)
+    if job.config.warm_start:
+        say("\n[bold]3. Distil[/] what won into one small policy.")
+        distil(job)
+    say(f"\n[bold]4. {job.config.algorithm.upper()}[/] against the policy it begins at.")
+    policy = reinforce(job)
     say(f"   {type(policy).__name__}, {sum(p.numel() for p in policy.parameters()):,} parameters", highlight=False)
-    say("\n[bold]4. GRPO[/] against the distilled checkpoint.")
-    reinforce(job)
     say("\n[bold]5. Compare[/] on held-out prompts.")
     print_comparison(compare(job))
     return write_report(job)
 
 
-def options(description: str | None, *, config: str, run: str) -> argparse.Namespace:
+def _options(description: str | None, *, config: str, run: str) -> argparse.Namespace:
     """Configuration, run folder, seed and overrides, with a script's defaults."""
     parser = argparse.ArgumentParser(
         description=description,

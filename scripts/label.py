@@ -6,7 +6,7 @@
 
 Candidates under a grid of heuristics are scored by verifiers, embedding diversity and repetition; what wins is
 distilled, and the same labellers are the rewards of GRPO. Stage by stage: `asn-rl generate`, `verify`,
-`label`, `select`, `distill`, `grpo`, `compare`, `report`. Interrupted, it continues.
+`label`, `select`, `distill`, `reinforce`, `compare`, `report`. Interrupted, it continues.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from asn_rl.threads import limit_spinning
 
 limit_spinning()
 
-import _recipe
 import _stages
 
-
-def main() -> int:
-    options = _stages.options(__doc__, config="pipeline.yaml", run="pipeline")
-    return _recipe.exit_status(lambda: _stages.run(options))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_stages.main(__doc__, config="pipeline.yaml", run="pipeline"))

@@ -15,14 +15,7 @@ from asn_rl.threads import limit_spinning
 
 limit_spinning()
 
-import _recipe
 import _stages
 
-
-def main() -> int:
-    options = _stages.options(__doc__, config="demo.yaml", run="demo")
-    return _recipe.exit_status(lambda: _stages.run(options))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_stages.main(__doc__, config="demo.yaml", run="demo"))

@@ -6,7 +6,7 @@
 
 Rewards are built-in names or `module:function` with TRL's signature; several are summed. The run folder holds
 checkpoints, metrics (JSONL, TensorBoard) and rollouts; the same command continues an interrupted run. All settings of
-GRPO are fields of `GRPOConfig`; `asn-rl grpo` takes them from YAML.
+GRPO are fields of `GRPOConfig`; `asn-rl reinforce` takes them from YAML.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from asn_rl.analysis.page import figure as make_figure
 from asn_rl.analysis.transfer import Difference, TransferCurves, largest_differences, transfer_curves
 from asn_rl.data.store import load_trajectories
 from asn_rl.job import Job, compare, distil, reinforce
+from asn_rl.job.config import DISTILLED, RL
 from asn_rl.metrics import read_metrics
 from asn_rl.runs import console
 from asn_rl.types import Trajectories
@@ -26,7 +27,7 @@ _CURVES = (
 
 def verdict(comparison: Mapping[str, Any]) -> str:
     """The result in a sentence. A difference counts as an improvement only when its interval excludes zero."""
-    rl = _row(comparison, "rl")
+    rl = _row(comparison, RL)
     gap, level = rl["difference"], round(100 * comparison["level"])
     numbers = (
         f"{rl['reward']['mean']:.3f} against {_row(comparison, comparison['best_static'])['reward']['mean']:.3f}, "
@@ -62,17 +63,21 @@ def write_report(job: Job) -> Path:
     comparison = compare(job)
     policy = reinforce(job)
     static = {arm.name: arm.policy for arm in job.arms}[comparison["best_static"]]
-    trajectories = load_trajectories(job.run / "comparison" / "rl")
-    learned = {"RL": policy, "distilled": distil(job), f"best static ({comparison['best_static']})": static}
+    trajectories = load_trajectories(job.run / "comparison" / RL)
+    shown = {"RL": policy, f"best static ({comparison['best_static']})": static}
+    if (job.run / DISTILLED).exists():
+        shown[DISTILLED] = distil(job)
     curves = {
         name: [
             transfer_curves(arm, trajectories, title="confident", low=0.3, high=0.5),
             transfer_curves(arm, trajectories, title="open", low=0.9, high=1.0),
         ]
-        for name, arm in learned.items()
+        for name, arm in shown.items()
+        if arm.needs <= policy.needs  # the completions recorded what the policy reads
     }
     pieces = [[job.backend.decode([token]) for token in ids] for ids in trajectories.completion_ids]
-    differences = largest_differences(policy, static, trajectories, pieces)
+    comparable = static.needs <= policy.needs
+    differences = largest_differences(policy, static, trajectories, pieces) if comparable else []
     page = _page(job, comparison, curves, differences, trajectories)
     path = job.run / "report.html"
     path.write_text(page)
@@ -87,7 +92,10 @@ def _page(
     trajectories: Trajectories,
 ) -> str:
     headroom = comparison["headroom"]
-    versus = comparison["rl_against_distilled"]
+    versus = "; ".join(
+        f"against {html.escape(name)} {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        for name, gap in comparison["rl_against"].items()
+    )
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>asn_rl report</title>",
         f"<style>{STYLE}</style><h1>Learning how to sample</h1>",
@@ -96,8 +104,8 @@ def _page(
         f"<p class='note'>{comparison['prompts']} held-out prompts, {comparison['samples']} completions each, the same "
         f"random draws for every arm. Strata weigh the same. Intervals: paired bootstrap over prompts, "
         f"{round(100 * comparison['level'])} %. The best static rule was chosen on the selection split from "
-        f"{len(comparison['grid'])} declared rules: {html.escape(', '.join(comparison['grid']))}. GRPO against the "
-        f"distilled policy: {versus['mean']:+.3f} [{versus['low']:+.3f}, {versus['high']:+.3f}].</p>",
+        f"{len(comparison['grid'])} declared rules: {html.escape(', '.join(comparison['grid']))}."
+        + (f" The RL policy {versus}.</p>" if versus else "</p>"),
         f"<p class='note'>Headroom on the training prompts (split halves): choosing the best rule of the grid for each "
         f"prompt gives {headroom['oracle']:.3f}, the best single rule {headroom['static']:.3f}. A policy that chooses "
         "token by token may exceed both.</p>",
@@ -170,16 +178,17 @@ def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8
 
 
 def _learning_curves(run: Path) -> str:
-    distilled, grpo = read_metrics(run / "distill"), read_metrics(run)
-    figure, axes = make_figure(1, 1 + len(_CURVES), 3.2)
-    axes[0].plot([r["step"] for r in distilled], [r["loss/distill_kl"] for r in distilled], label="training")
-    if distilled and "eval/distill_kl" in distilled[0]:
-        axes[0].plot([r["step"] for r in distilled], [r["eval/distill_kl"] for r in distilled], label="held out")
-    axes[0].set(title="distillation KL, nats a token", xlabel="epoch")
-    axes[0].legend()
-    for axis, (name, title) in zip(axes[1:], _CURVES, strict=True):
-        axis.plot([r["step"] for r in grpo], [r.get(name) for r in grpo], color="tab:orange")
-        axis.set(title=title, xlabel="GRPO step")
+    distilled, steps = read_metrics(run / "distill"), read_metrics(run)
+    figure, axes = make_figure(1, bool(distilled) + len(_CURVES), 3.2)
+    if distilled:
+        axes[0].plot([r["step"] for r in distilled], [r["loss/distill_kl"] for r in distilled], label="training")
+        if "eval/distill_kl" in distilled[0]:
+            axes[0].plot([r["step"] for r in distilled], [r["eval/distill_kl"] for r in distilled], label="held out")
+        axes[0].set(title="distillation KL, nats a token", xlabel="epoch")
+        axes[0].legend()
+    for axis, (name, title) in zip(axes[-len(_CURVES) :], _CURVES, strict=True):
+        axis.plot([r["step"] for r in steps], [r.get(name) for r in steps], color="tab:orange")
+        axis.set(title=title, xlabel="RL step")
     return svg(figure)
 
 

@@ -1,9 +1,11 @@
-"""The main job in one run folder: generate -> verify -> label -> select -> distil -> GRPO -> compare."""
+"""The main job in one run folder: generate -> verify -> label -> select -> distil -> RL -> compare."""
 
 from asn_rl.job.config import CompareConfig, GenerateConfig, HeuristicSpec, JobConfig, PolicySpec
 from asn_rl.job.job import Job
 from asn_rl.job.labelling import fit_reward_model, generate, label, select, verify
 from asn_rl.job.learning import compare, distil, reinforce
+from asn_rl.job.logs import headroom, reward_log
+from asn_rl.job.promotion import promote
 
 __all__ = [
     "CompareConfig",
@@ -16,8 +18,11 @@ __all__ = [
     "distil",
     "fit_reward_model",
     "generate",
+    "headroom",
     "label",
+    "promote",
     "reinforce",
+    "reward_log",
     "select",
     "verify",
 ]

@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from asn_rl.backends import BackendConfig
 from asn_rl.backends.server_generation import Kind
 from asn_rl.backends.servers import ServersConfig
 from asn_rl.data import DataConfig
 from asn_rl.errors import ConfigError, InvalidValue, check_at_least
+from asn_rl.evaluation.promotion import PromotionConfig
 from asn_rl.labelling.select import SelectConfig
 from asn_rl.rewards.compose import RewardConfig
 from asn_rl.rollout import RolloutConfig
+from asn_rl.training.bandit import BanditConfig
 from asn_rl.training.distill import DistillConfig
 from asn_rl.training.grpo import GRPOConfig
+from asn_rl.training.ppo import PPOConfig
+
+DISTILLED, RL = "distilled", "rl"
+CONTROLS = ("even mixture", "context-free", "shuffled context")
+"""names of the learned policies and of the controls in comparisons"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class PolicySpec:
     name: str = "asn_policies:OrderStatisticsNetwork"
     """policy class as module:attribute"""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """constructor arguments; hidden_size is filled in from the base model where the class takes it"""
+    """constructor arguments; where the class takes them, hidden_size is that of the base model, and strategies are the
+    heuristics"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class CompareConfig:
     """coverage of the intervals"""
     seed: int = 2000
     """keys the draws"""
+    controls: bool = False
+    """also compare with an even mixture of the heuristics, with a mixture trained like the policy that sees no context,
+    and with the policy when it sees the context of another completion"""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_generations", "resamples")
@@ -114,7 +125,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class JobConfig:
-    """The whole job: generate, label and select candidates, distil, improve by GRPO, compare on held-out prompts."""
+    """The whole job: generate, label and select candidates, distil, improve by RL, compare on held-out prompts."""
 
     backend: BackendConfig = field(default_factory=BackendConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -122,12 +133,18 @@ class JobConfig:
     """reward functions, {function, weight, ...}"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicySpec = field(default_factory=PolicySpec)
+    warm_start: bool = True
+    """begin RL at what the distillation made; off: at the policy's own start, and nothing is distilled"""
     init: str | None = None
-    """policy folder that GRPO starts from; null: what the distillation made"""
+    """policy folder that RL begins at instead"""
     reference: str | None = None
-    """policy folder that the KL penalty holds to; null: where GRPO starts"""
+    """policy folder that the KL penalty holds to; null: where RL begins"""
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """how RL estimates its gradient: settings in the section of the same name"""
     pipeline: str = "asn_policies:Pipeline"
     """class that makes a policy of a heuristic's processors"""
+    mixture: str = "asn_policies:TokenStrategy"
+    """class that mixes heuristics: what the controls of the comparison are made of"""
     heuristics: tuple[HeuristicSpec, ...] = ()
     """the declared grid of static rules"""
     grid: HeuristicGrid | None = None
@@ -138,7 +155,10 @@ class JobConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)
+    bandit: BanditConfig = field(default_factory=BanditConfig)
     threads: int | None = None
     """threads for tensor operations; null: all cores"""
 
@@ -157,6 +177,6 @@ def check_heuristic_names(names: Sequence[str]) -> None:
             raise InvalidValue("heuristic name", name, "letters, digits and = . , : + - with single spaces")
     if len(set(names)) != len(names):
         raise InvalidValue("heuristics", list(names), "names that differ")
-    reserved = {"distilled", "rl"} & set(names)
+    reserved = {DISTILLED, RL, *CONTROLS} & set(names)
     if reserved:
         raise InvalidValue("heuristics", sorted(reserved), "names other than those of the learned policies")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,17 @@ class Job:
             for spec in self.heuristics
         ]
 
+    @cached_property
+    def static_rules(self) -> dict[str, Arm]:
+        """Greedy decoding and the base model, then the heuristics of the grid, if there is one."""
+        pipeline = load_attribute(self.config.pipeline)
+        declared = self.arms if self.config.heuristics or self.config.grid else []
+        return {
+            GREEDY: Arm(GREEDY, pipeline([{"name": GREEDY}]), deterministic=True),
+            BASE: Arm(BASE, pipeline([])),
+            **{arm.name: arm for arm in declared},
+        }
+
     @property
     def scorers(self) -> list[RewardConfig]:
         """Labellers, then the rewards that are none of them: what training candidates are scored by."""
@@ -95,10 +106,20 @@ class Job:
 
     def new_policy(self) -> TrainablePolicy:
         """An untrained policy, its weights drawn by `distill.seed`."""
-        spec = self.config.policy
-        cls, arguments = load_attribute(spec.name), dict(spec.arguments)
-        if "hidden_size" in inspect.signature(cls.__init__).parameters and arguments.get("inputs"):
+        return self._made(self.config.policy.name, self.config.policy.arguments)
+
+    def new_mixture(self) -> TrainablePolicy:
+        """An even mixture of the heuristics, the same at every token, whose shares can be trained."""
+        return self._made(self.config.mixture, {"context_free": True})
+
+    def _made(self, name: str, given: Mapping[str, Any]) -> TrainablePolicy:
+        cls, arguments = load_attribute(name), dict(given)
+        known = inspect.signature(cls.__init__).parameters
+        if "hidden_size" in known and arguments.get("inputs"):
             arguments.setdefault("hidden_size", self.backend.hidden_size)
+        if "strategies" in known:
+            own = [{"name": spec.name, "processors": spec.processors} for spec in self.heuristics]
+            arguments.setdefault("strategies", own)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.distill.seed)
             return cls(**arguments)

@@ -121,13 +121,13 @@ def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
         return json.loads(path.read_text())
     found, texts = label(job), prompts(job)
     strata = {split: job.strata(texts[split]) for split in SPLITS}
-    scores = {split: _labels(job, split, found[split]) for split in SPLITS}
+    scores = {split: labels_of(job, split, found[split]) for split in SPLITS}
     names = unique_names(job.scorers)[: len(job.config.labellers or job.config.rewards)]
     weights = {name: config.weight for name, config in zip(names, job.scorers, strict=False)}
     own = {name: scores["train"][name] for name in names}
     selecting.select(found["train"], own, weights, strata["train"], job.config.select, job.run / "selected", engine)
 
-    rewards = {split: _rewards(job, split, found[split], scores[split]) for split in SPLITS}
+    rewards = {split: rewards_of(job, split, found[split], scores[split]) for split in SPLITS}
     means = {arm.name: masked_mean(rewards["selection"][:, j]) for j, arm in enumerate(job.arms)}  # (P,) each
     oracle, static = split_half_oracle(rewards["train"].swapaxes(0, 1), strata["train"])
     selection = {
@@ -144,13 +144,13 @@ def _scorers(job: Job, split: str) -> list[RewardConfig]:
     return job.scorers if split == "train" else list(job.config.rewards)
 
 
-def _labels(job: Job, split: str, candidates: CandidateStore) -> dict[str, labelling.Labels]:
+def labels_of(job: Job, split: str, candidates: CandidateStore) -> dict[str, labelling.Labels]:
     names = unique_names(_scorers(job, split))
     folder = job.run / "labels" / split
     return {name: labelling.read_labels(folder / labelling.folder_name(name), name, candidates.grid) for name in names}
 
 
-def _rewards(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:
+def rewards_of(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:
     """(P, A, S) reward of each candidate, combined as training combines it; NaN: masked."""
     configs, scorers = job.config.rewards, _scorers(job, split)
     names = unique_names(scorers)
@@ -174,7 +174,7 @@ def fit_reward_model(job: Job, labeller: str, folder: Path) -> RewardModelReport
     if labeller not in names:
         raise UnknownName("labeller of this run", labeller, names)
     candidates = label(job)["train"]
-    scores = _labels(job, "train", candidates)[labeller].scores
+    scores = labels_of(job, "train", candidates)[labeller].scores
     by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
     cells = [(i, j, k) for i, j, k in np.argwhere(candidates.present).tolist()]
     found = read_candidates([candidates.location(cell) for cell in cells])

@@ -1,4 +1,4 @@
-"""The stages that learn, and the one that says what it was worth: distil -> GRPO -> compare."""
+"""The stages that learn, and the one that says what it was worth: distil -> RL -> compare."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import DataError
 from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run_arm, table
-from asn_rl.job.config import CompareConfig
+from asn_rl.evaluation.controls import ShuffledContext
+from asn_rl.job.config import CONTROLS, DISTILLED, RL, CompareConfig
 from asn_rl.job.job import BASE, GREEDY, Job
 from asn_rl.job.labelling import prompts, select
 from asn_rl.labelling.selected import read_selected, read_targets
 from asn_rl.metrics import MetricsLogger
-from asn_rl.protocols import TrainablePolicy
-from asn_rl.registry import load_attribute
+from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.replay import replay
 from asn_rl.runs import console, progress, write_json
+from asn_rl.training import grpo, ppo
 from asn_rl.training.distill import distill, sketch_targets
-from asn_rl.training.grpo import train
 from asn_rl.types import Prompt, Trajectories
 
 
 def distil(job: Job) -> TrainablePolicy:
     """Teach the policy each training prompt's target (its winning heuristic, or a mixture of heuristics) on the states
     of the selected candidates. Writes `distilled/`."""
-    folder = job.run / "distilled"
+    folder = job.run / DISTILLED
     if folder.exists():
         return load_policy(folder)
     select(job)
@@ -73,43 +73,46 @@ def _selected_trajectories(job: Job, policy: TrainablePolicy) -> Trajectories:
 
 
 def reinforce(job: Job) -> TrainablePolicy:
-    """GRPO against an older checkpoint. Writes `policy/` and `checkpoints/`."""
+    """RL against an older checkpoint. Writes `policy/` and `checkpoints/`."""
     if (job.run / "policy").exists():
         return load_policy(job.run / "policy")
-    start = Path(job.config.init or job.run / "distilled")
-    policy = load_policy(start) if job.config.init else distil(job)
+    start = _start(job)
     anchor = Path(job.config.reference or start)
     spec = check_compatible(start, fingerprint=job.backend.fingerprint)
     check_compatible(anchor, fingerprint=job.backend.fingerprint, architecture=spec.policy)
-    return train(
-        policy,
-        load_policy(anchor),
-        job.backend,
-        job.prompts("train"),
-        job.rewards,
-        job.config.rollout,
-        job.config.grpo,
-        job.run,
-        metadata=job.metadata,
-    )
+    return _train(job, load_policy(start), load_policy(anchor), job.run)
+
+
+def _start(job: Job) -> Path:
+    """Folder of the policy that RL begins at."""
+    if job.config.init:
+        return Path(job.config.init)
+    if job.config.warm_start:
+        distil(job)
+        return job.run / DISTILLED
+    folder = job.run / "start"
+    if not folder.exists():
+        save_policy(folder, job.new_policy(), **job.metadata)
+    return folder
+
+
+def _train(job: Job, policy: TrainablePolicy, reference: Policy, run: Path) -> TrainablePolicy:
+    config, arguments = job.config, (job.backend, job.prompts("train"), job.rewards, job.config.rollout)
+    if config.algorithm == "ppo":
+        return ppo.train(policy, reference, *arguments, config.ppo, run, metadata=job.metadata)
+    return grpo.train(policy, reference, *arguments, config.grpo, run, metadata=job.metadata)
 
 
 def compare(job: Job) -> dict[str, Any]:
-    """Greedy, T = 1, the best static rule, the distilled and the RL policy on the test prompts. Writes
-    `comparison.json`, and the completions under `comparison/`."""
+    """Greedy, T = 1, the best static rule, what was learned, and the controls if asked for, on the test prompts.
+    Writes `comparison.json`, and the completions under `comparison/`."""
     path = job.run / "comparison.json"
     if path.exists():
         return json.loads(path.read_text())
     selection, config = select(job), job.config.compare
     best = selection["best_static"]
-    pipeline = load_attribute(job.config.pipeline)
-    static = {
-        GREEDY: Arm(GREEDY, pipeline([{"name": GREEDY}]), deterministic=True),
-        BASE: Arm(BASE, pipeline([])),
-        **{arm.name: arm for arm in job.arms},
-    }
-    learned = [Arm("distilled", distil(job)), Arm("rl", reinforce(job))]
-    arms = [static[name] for name in dict.fromkeys([GREEDY, BASE, best])] + learned
+    static = [job.static_rules[name] for name in dict.fromkeys([GREEDY, BASE, best])]
+    arms = [*static, *_learned_arms(job), *(_controls(job) if config.controls else [])]
     prompts = job.prompts("test")
     strata = job.strata(prompts)
     results = []
@@ -119,6 +122,8 @@ def compare(job: Job) -> dict[str, Any]:
             results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
             advance(1, arm.name)
     options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
+    by_name = {result.name: result for result in results}
+    others = [name for name in (DISTILLED, *CONTROLS) if name in by_name]
     comparison = {
         "prompts": len(prompts),
         "samples": config.num_generations,
@@ -127,10 +132,25 @@ def compare(job: Job) -> dict[str, Any]:
         "grid": [arm.name for arm in job.arms],
         "headroom": selection["headroom"],
         "rows": table(results, strata, best, **options),
-        "rl_against_distilled": paired_difference(results[-1], results[-2], strata, **options),
+        "rl_against": {name: paired_difference(by_name[RL], by_name[name], strata, **options) for name in others},
     }
     write_json(path, comparison)
     return comparison
+
+
+def _learned_arms(job: Job) -> list[Arm]:
+    distilled = [Arm(DISTILLED, distil(job))] if job.config.warm_start and not job.config.init else []
+    return [*distilled, Arm(RL, reinforce(job))]
+
+
+def _controls(job: Job) -> list[Arm]:
+    """What the policy has to beat for its context to have mattered. Writes `controls/`."""
+    folder = job.run / "controls" / "context-free"
+    if not (folder / "policy").exists():
+        _train(job, job.new_mixture(), job.new_mixture(), folder)
+    shuffled = ShuffledContext(reinforce(job), seed=job.config.compare.seed)
+    policies = (job.new_mixture(), load_policy(folder / "policy"), shuffled)
+    return [Arm(name, policy) for name, policy in zip(CONTROLS, policies, strict=True)]
 
 
 def _stored_rollout(

@@ -18,6 +18,7 @@ import yaml
 
 from asn_rl.backends import BackendConfig, shared_backend
 from asn_rl.cli import main
+from asn_rl.job.config import CONTROLS
 from asn_rl.rewards.corpus import corpus_coverage
 
 Command = Callable[..., "Ended"]
@@ -102,9 +103,57 @@ def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Comm
     assert "GRPO 6/6" not in again.stdout, "a finished stage ran again"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["policy={name: asn_policies:TokenStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
+        ["policy={name: asn_policies:SequenceStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
+        ["policy={name: asn_policies:TwoSlopeWarp, arguments: {width: 8}}", "algorithm=ppo"],
+    ],
+    ids=["gate a token", "gate a completion", "warp by PPO"],
+)
+def test_a_policy_may_begin_at_its_own_start_and_meet_its_controls(
+    folder: Path, asn_rl: Command, settings: list[str]
+) -> None:
+    steps = "{steps: 2, prompts_per_step: 4, num_generations: 4}"
+    own = ["warm_start=false", "compare.controls=true", f"grpo={steps}", f"ppo={steps}", *settings]
+    done = asn_rl(*job("run", "run", *own))
+    assert done.status == 0, done.stderr
+    comparison = json.loads((folder / "run" / "comparison.json").read_text())
+    assert [row["name"] for row in comparison["rows"]][-4:] == ["rl", *CONTROLS]
+    assert list(comparison["rl_against"]) == list(CONTROLS)
+    assert not (folder / "run" / "distilled").exists()
+    assert (folder / "run" / "start").exists()
+    assert (folder / "run" / "report.html").exists()
+    assert asn_rl(*job("compare", "run", *own)).stdout.count("shuffled context") == 1
+
+
+def test_headroom_says_whether_adaptation_can_help(folder: Path, asn_rl: Command) -> None:
+    done = asn_rl(*job("headroom", "run", "compare.resamples=200", "bandit.folds=3"), "--split", "selection")
+    assert done.status == 0, done.stderr
+    report = json.loads((folder / "run" / "headroom.json").read_text())
+    assert report["split"] == "selection"
+    assert report["verdict"] in done.stdout
+    assert "oracle - static" in done.stdout
+
+
+def test_a_policy_is_promoted_only_on_evidence(folder: Path, asn_rl: Command) -> None:
+    small = ["distill.epochs=1", "promotion={num_generations: 4, resamples: 200}"]
+    assert asn_rl(*job("distill", "run", *small)).status == 0
+    arguments = ["--candidate", "run/distilled", "--incumbent", "greedy", "--into", "live"]
+    done = asn_rl(*job("promote", "run", *small), *arguments)
+    record = json.loads((folder / "run" / "promotion" / "decision.json").read_text())
+    assert done.status == (record["outcome"] != "promoted")
+    assert (folder / "live").exists() == (record["outcome"] == "promoted")
+    assert record["sentence"] in done.stdout
+    wrong = asn_rl(*job("promote", "run", *small), "--incumbent", "gredy")
+    assert wrong.status == 2
+    assert "Did you mean 'greedy'" in wrong.stderr
+
+
 def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> None:
     assert asn_rl(*job("run", "whole")).status == 0
-    for verb in ("generate", "verify", "label", "select", "distill", "grpo", "compare"):
+    for verb in ("generate", "verify", "label", "select", "distill", "reinforce", "compare"):
         assert asn_rl(*job(verb, "parts")).status == 0
     for name in ("selection.json", "selected/targets.jsonl", "comparison.json", "policy/model.safetensors"):
         assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes(), name
@@ -151,7 +200,7 @@ def test_a_corpus_is_indexed_and_what_is_copied_from_it_is_found(folder: Path, a
         (job("generate", "run", "data.arguments.path=none.jsonl"), "cannot read none.jsonl"),
         (job("generate", "run", "heuristics=[{name: a}, {name: a}]"), "names that differ"),
         (["generate", "--config", "none.yaml", "--run", "run"], "none.yaml"),
-        (job("grpo", "run", "init=nowhere"), "nowhere holds no policy"),
+        (job("reinforce", "run", "init=nowhere"), "nowhere holds no policy"),
         (job("generate", "run", "heuristics=[{name: ../a}]"), "heuristic name must be letters"),
         (job("generate", "run", "compare.stratify_by=task"), "lacks the column 'task'"),
     ],
@@ -179,7 +228,7 @@ def test_a_reference_of_another_base_model_or_architecture_is_refused(folder: Pa
     small = ("policy.name=asn_policies:LocalTransform", "policy.arguments={}")
     assert asn_rl(*job("distill", "small", *small)).status == 0
     for reference, message in (("other", "trained on base model 'random:32:1'"), ("small", "LocalTransform, expected")):
-        done = asn_rl(*job("grpo", f"with-{reference}", f"reference={reference}/distilled"))
+        done = asn_rl(*job("reinforce", f"with-{reference}", f"reference={reference}/distilled"))
         assert done.status == 2
         assert message in done.stderr
 
@@ -192,9 +241,9 @@ def _listen_to_interrupts() -> None:
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
     steps = "grpo.steps=30"
-    assert asn_rl(*job("grpo", "whole", steps)).status == 0
+    assert asn_rl(*job("reinforce", "whole", steps)).status == 0
     process = subprocess.Popen(
-        command(*job("grpo", "broken", steps)), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
+        command(*job("reinforce", "broken", steps)), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
         preexec_fn=_listen_to_interrupts,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -210,7 +259,7 @@ def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Com
         assert process.returncode == 130
         assert "the same command continues" in stderr
     assert not (folder / "broken" / "policy").exists(), "it was over before the signal"
-    assert asn_rl(*job("grpo", "broken", steps)).status == 0
+    assert asn_rl(*job("reinforce", "broken", steps)).status == 0
     weights = "policy/model.safetensors"
     assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
 
@@ -219,14 +268,14 @@ def test_a_full_disk_ends_with_advice(asn_rl: Command, folder: Path, monkeypatch
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "run/rollouts/step-000001.jsonl")
 
-    monkeypatch.setattr("asn_rl.training.grpo.write_jsonl", full)
-    done = asn_rl(*job("grpo"))
+    monkeypatch.setattr("asn_rl.training.on_policy.write_jsonl", full)
+    done = asn_rl(*job("reinforce"))
     assert done.status == 2
     assert "No space left on device: 'run/rollouts/step-000001.jsonl'" in done.stderr
     assert "the same command continues" in done.stderr
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert asn_rl(*job("grpo")).status == 0
+    assert asn_rl(*job("reinforce")).status == 0
 
 
 def test_a_module_in_the_working_folder_is_a_plug_in(folder: Path) -> None:
@@ -241,7 +290,7 @@ def test_a_module_in_the_working_folder_is_a_plug_in(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-STAGES = ("run", "generate", "verify", "label", "select", "distill", "grpo", "compare", "report")
+STAGES = ("run", "generate", "verify", "label", "select", "distill", "reinforce", "compare", "report")
 VERBS = (*STAGES, "keys", "grid", "model", "train-reward-model", "index-corpus")
 
 

@@ -1,0 +1,199 @@
+"""The verbs of `asn-rl` that work on a run folder: what each takes, and which stage it calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asn_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asn_rl.job import Job
+
+
+@dataclass(frozen=True)
+class JobVerb:
+    """A stage of a job as a command."""
+
+    summary: str
+    function: Callable[[Job, argparse.Namespace], int | None]
+    """returns the exit status, None for success"""
+    options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+    example: str = "grpo.steps=10"
+
+
+def add_job_options(verb: JobVerb, parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, for example configs/demo.yaml")
+    parser.add_argument("--run", type=Path, required=True, help="run folder; an unfinished one is continued")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+    verb.options(parser)
+
+
+def run_job_verb(verb: JobVerb, options: argparse.Namespace) -> int | None:
+    from asn_rl.config import load_config
+    from asn_rl.job import Job, JobConfig
+
+    return verb.function(Job(load_config(JobConfig, options.config, options.overrides), options.run), options)
+
+
+def _generate(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import generate
+
+    generate(job)
+
+
+def _verify(job: Job, options: argparse.Namespace) -> int:
+    from asn_rl.job import generate, verify
+
+    if options.fix:
+        generate(job)
+    found = verify(job)
+    for split, part in found.items():
+        for line in part.lines():
+            print(f"{split}: {line}")
+    return 0 if all(part.ok for part in found.values()) else 1
+
+
+def _label(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import label
+
+    label(job, *_engine(options))
+
+
+def _select(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.analysis.labelling_report import write_labelling_report
+    from asn_rl.job import select
+
+    select(job, *_engine(options))
+    print(f"report: {write_labelling_report(job.run)}")
+
+
+def _engine(options: argparse.Namespace) -> list[Any]:
+    """The engine that was asked for; none: the stage's own."""
+    if options.engine == "local":
+        if options.ray_address is not None:
+            raise ConfigError(f"--ray-address {options.ray_address!r} needs --engine ray")
+        return []
+    from asn_rl.labelling.ray_engine import RayConfig, ray_engine, ray_map
+
+    config = RayConfig(address=options.ray_address)
+    return [ray_engine(config) if options.verb == "label" else ray_map(config)]
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="run here, or as Ray Data on a cluster"
+    )
+    parser.add_argument("--ray-address", help="running cluster (auto: the one of this machine); default: a new one")
+
+
+def _train_reward_model(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import fit_reward_model
+
+    report = fit_reward_model(job, options.labeller, options.output)
+    print(
+        f"{options.output}: {report.accuracy:.3f} [{report.accuracy_low:.3f}, {report.accuracy_high:.3f}] of "
+        f"{report.held_out_pairs} pairs of {report.held_out_prompts} held-out prompts in the right order"
+    )
+
+
+def _reward_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labeller", required=True, help="whose scores to learn, for example numeric_answer")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the reward model")
+
+
+def _distill(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import distil
+
+    distil(job)
+
+
+def _reinforce(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import reinforce
+
+    reinforce(job)
+
+
+def _compare(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.analysis.report import print_comparison
+    from asn_rl.job import compare
+
+    print_comparison(compare(job))
+
+
+def _report(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.analysis.labelling_report import write_labelling_report
+    from asn_rl.analysis.report import write_report
+
+    _compare(job, options)
+    print(f"reports: {write_labelling_report(job.run)} and {write_report(job)}")
+
+
+def _headroom(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import headroom
+
+    report = headroom(job, options.split)
+    for name, gain in report.gains.items():
+        print(f"{name:28s} {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+    print(report.verdict)
+
+
+def _headroom_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", choices=("train", "selection"), default="train", help="whose candidates to judge by")
+
+
+def _promote(job: Job, options: argparse.Namespace) -> int:
+    from asn_rl.job import promote
+
+    candidate = options.candidate or job.run / "policy"
+    record = promote(job, candidate, options.incumbent, into=options.into, output=options.output)
+    return 0 if record["outcome"] == "promoted" else 1
+
+
+def _promotion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--candidate", type=Path, help="policy folder; default: policy in the run folder")
+    parser.add_argument("--incumbent", required=True, help="policy folder, or the name of a static rule")
+    parser.add_argument("--into", type=Path, help="where the candidate goes if the incumbent is a rule")
+    parser.add_argument("--output", type=Path, help="folder of the decision; default: promotion in the run folder")
+
+
+JOB_VERBS = {
+    "run": JobVerb("the whole job: generate, verify, label, select, distill, RL, compare, report", _report),
+    "generate": JobVerb("complete training and selection prompts under every heuristic of the grid", _generate),
+    "verify": JobVerb(
+        "check that every candidate is there; exit status 1 if not",
+        _verify,
+        lambda parser: parser.add_argument("--fix", action="store_true", help="generate what is missing"),
+    ),
+    "label": JobVerb("score the candidates with every labeller", _label, _engine_options),
+    "select": JobVerb(
+        "rate the heuristics prompt by prompt, keep the best candidates; which rule wins where",
+        _select,
+        _engine_options,
+    ),
+    "train-reward-model": JobVerb(
+        "fit a small reward model to a labeller's scores in a run folder",
+        _train_reward_model,
+        _reward_model_options,
+        "--labeller numeric_answer --output reward-model",
+    ),
+    "headroom": JobVerb(
+        "can choosing the heuristic by prompt help at all? judged by the candidates of a run",
+        _headroom,
+        _headroom_options,
+        "--split train",
+    ),
+    "distill": JobVerb("teach the policy what won", _distill),
+    "reinforce": JobVerb("improve the policy by RL (setting algorithm: grpo or ppo)", _reinforce),
+    "compare": JobVerb("compare the policies with static rules on held-out prompts", _compare),
+    "report": JobVerb("write report.html", _report),
+    "promote": JobVerb(
+        "put a policy in the incumbent's place if fresh prompts show that it is better; exit status 1 if not",
+        _promote,
+        _promotion_options,
+        "--incumbent greedy --into live",
+    ),
+}
