@@ -1,10 +1,12 @@
 """Holding a requested surprise: a recurrent policy against Mirostat v2 (eta 0.1) at the same targets.
 
-Trained on 16 writing prompts: first on Mirostat's answers along its own completions, then in the closed loop on the
-stored sketches (asn_rl.training.surprise_control), then again on completions of its own. Measured on 16 other prompts,
-both sides in one run, on common draws. The error of a completion is |mean of -log2 p_base over its tokens - target| in
-bits; the windows' is the mean over all windows of 50 tokens. A completion that ends early counts with the tokens it
-has (if fewer than 50, one window). The divergence from the base model, in nats a token, says what holding costs.
+Trained on 16 writing prompts: first on Mirostat's answers along Mirostat's completions, then in the closed loop on the
+sketches of these (asn_rl.training.surprise_control). Measured on 16 other prompts, both sides in one run, on common
+draws; also Mirostat with eta 1, which follows its target fastest.
+
+The error of a completion is |mean of -log2 p_base over its tokens - target| in bits; the windows' is the mean over all
+windows of 50 tokens. A completion that ends early counts with the tokens it has (if fewer than 50, one window). The
+divergence from the base model, in nats a token, says what holding costs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.evaluation.statistics import bootstrap
 from asn_rl.mixed_batch import MixedBatch
 from asn_rl.protocols import LogitsBackend, Policy
-from asn_rl.rollout import RolloutConfig, concatenate, rollout
+from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.training.distill import DistillConfig, distill, sketch_targets
 from asn_rl.training.surprise_control import SurpriseControlConfig, train_surprise_control
 from asn_rl.types import Prompt, Trajectories
@@ -35,7 +37,7 @@ from asn_rl.types import Prompt, Trajectories
 GOAL = 1.0
 TARGETS = (1.5, 2.0, 2.5, 3.0)
 """bits a token; the base model's own mean is about 4"""
-ETAS = (0.1, 0.3, 1.0)
+ETAS = (0.1, 1.0)
 WINDOW = 50
 _TASKS = (
     "Write a long story about {}.",
@@ -54,9 +56,9 @@ def main() -> int:
     set_threads(arguments.threads)
     tokens, topics, etas, steps = arguments.tokens, 4, ETAS, arguments.steps
     if arguments.quick:
-        tokens, topics, etas, steps = min(tokens, 60), 1, ETAS[:1], min(steps, 12)
+        tokens, topics, etas, steps = min(tokens, 50), 1, ETAS[:1], min(steps, 12)
     backend = load_backend(BackendConfig())
-    policy = trained(backend, prompts("train", topics), tokens, steps, rounds=1 if arguments.quick else 2)
+    policy = trained(backend, prompts("train", topics), tokens, steps)
     sides = measured(policy, backend, prompts("test", topics), tokens, etas)
     for name, run in sides.items():
         print(described(name, run))
@@ -90,16 +92,11 @@ def drawn(
     return rollout(MixedBatch(policies, member), backend, rows, config, seed=seed, conditions=targets * math.log(2))
 
 
-def trained(backend: LogitsBackend, some: list[Prompt], tokens: int, steps: int, rounds: int) -> RecurrentPolicy:
+def trained(backend: LogitsBackend, some: list[Prompt], tokens: int, steps: int) -> RecurrentPolicy:
     """Distilled from Mirostat, then trained in the closed loop."""
     torch.manual_seed(0)
     policy = RecurrentPolicy(inputs=["condition"], condition_size=1, holds_surprise=True)
-    runs = [taught(policy, backend, some, tokens)]
-    in_closed_loop(policy, runs, steps)
-    for seed in range(1, rounds):
-        rows = [prompt for prompt in some for _ in TARGETS]
-        runs.append(drawn([policy], [0] * len(rows), backend, rows, tokens, seed))
-        in_closed_loop(policy, runs, steps)
+    in_closed_loop(policy, taught(policy, backend, some, tokens), steps)
     return policy
 
 
@@ -115,8 +112,7 @@ def taught(policy: RecurrentPolicy, backend: LogitsBackend, some: list[Prompt], 
     return run
 
 
-def in_closed_loop(policy: RecurrentPolicy, runs: list[Trajectories], steps: int) -> None:
-    stored = concatenate(runs)
+def in_closed_loop(policy: RecurrentPolicy, stored: Trajectories, steps: int) -> None:
     assert stored.observations.condition is not None
     config = SurpriseControlConfig(steps=steps, window=WINDOW)
     figures = train_surprise_control(policy, stored, stored.observations.condition.squeeze(-1), config)

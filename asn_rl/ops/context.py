@@ -45,7 +45,9 @@ def entropy(sketch: Sketch) -> Tensor:
 def varentropy(sketch: Sketch) -> Tensor:
     """(...) variance of the surprise, nats^2; takes the surprise inside a point as constant."""
     mass, surprise = sketch.log_mass.exp(), mean_surprise(sketch)
-    return (mass * (surprise - entropy(sketch).unsqueeze(-1)).square()).sum(-1)
+    # A point of mass 0 may have a surprise beyond fp32: a token that was banned by a huge negative logit.
+    deviation = torch.where(mass > 0, surprise - entropy(sketch).unsqueeze(-1), 0.0)
+    return (mass * deviation.square()).sum(-1)
 
 
 def collision_entropy(sketch: Sketch) -> Tensor:
