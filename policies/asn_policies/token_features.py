@@ -118,6 +118,6 @@ def history_point_features(obs: Observation) -> Tensor:
     history = entry(obs, "history")
     count, recency = history[..., HISTORY.index("count")], history[..., HISTORY.index("recency")]
     occurred = (count > 0) & obs.sketch.mask
-    logprobs = token_inputs(obs.sketch).squeeze(-1)
+    logprobs = token_inputs(obs.sketch).squeeze(-1).clamp_min(_LOWEST_NATS)
     features = torch.stack((torch.ones_like(count), count / 4, recency, logprobs / 5), -1)
     return torch.where(occurred.unsqueeze(-1), features, 0.0)
