@@ -29,6 +29,7 @@ from asn_policies.features import (
     summary_network,
     summary_size,
 )
+from asn_policies.layers import token_inputs
 from asn_rl.ops.context import entropy
 from asn_rl.ops.truncation import exclusive_cumsum
 from asn_rl.types import Observation
@@ -98,7 +99,7 @@ class OrderStatisticsNetwork(PolicyModule):
             # The most probable point survives whatever its margin, as in every truncation rule.
             first = obs.sketch.mask & (obs.sketch.mask.cumsum(-1) == 1)
             gate = torch.where((margin < 0) & ~first, -math.inf, gate)
-        logprobs = torch.where(obs.sketch.mask, obs.sketch.logprobs, 0.0)
+        logprobs = token_inputs(obs.sketch).squeeze(-1)
         return slope * logprobs + self.residual(hidden).squeeze(-1) + gate
 
 
@@ -112,7 +113,7 @@ def point_features(obs: Observation) -> Tensor:
     """
     sketch = obs.sketch
     mask, mass = sketch.mask, sketch.log_mass.exp()
-    logprobs = torch.where(mask, sketch.logprobs, 0.0)
+    logprobs = token_inputs(sketch).squeeze(-1)
     top = sketch.logprobs.amax(-1, keepdim=True)
     counts = torch.where(mask, sketch.log_count.exp(), 0.0)
     distance = -logprobs - entropy(sketch).unsqueeze(-1)
