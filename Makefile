@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint check benchmarks clean
+.PHONY: demo test coverage lint check benchmarks clean
 
 demo: $(VENV)/.base  ## distil, GRPO and an honest comparison on the embedded model (about 10 minutes on 2 cores)
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/.dev  ## the test suite
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+coverage: $(VENV)/.dev  ## the test suite, and which lines it reaches; slower
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.dev  ## style, types and the arrows between packages

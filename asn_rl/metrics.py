@@ -1,6 +1,6 @@
 """One logger: TensorBoard events and `metrics.jsonl` in the run folder. Metric names are a public interface.
 
-Prefixes: `loss/ policy/ kl/ reward/ eval/ time/`; times in seconds, divergences and entropies in nats.
+Prefixes: `loss/ policy/ kl/ reward/ budget/ eval/ time/`; times in seconds, divergences and entropies in nats.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Trajectories:
 
     def per_token(self, which: Tensor | slice = slice(None)) -> Observation:
         """Observations of some tokens, per-completion entries spread over their tokens."""
-        return self._observations(which, self.rows[which])
+        return self._observations(which, self.rows.to(self.points.device)[which])
 
     def _observations(self, tokens: Tensor | slice, rows: Tensor) -> Observation:
         """Per-token entries at `tokens`, per-completion entries at `rows`."""

@@ -5,7 +5,8 @@ Bandits (one action a sample, `RewardLog` with propensities): inverse propensity
 (`Trajectories`, whose log-probs are those that were drawn from): per-decision importance sampling (Precup et al. 2000).
 
 A sample is weighted by how much likelier the target policy makes it than the log did. Three things must hold:
-- the log could have drawn whatever the target draws. `Estimate.mean_weight` is 1 in expectation if so, below 1 if not;
+- the log could have drawn, and did draw, what the target draws. Weights are 1 on average if so. Where they are less,
+  mass that the target has is not in the log: long completions that each were unlikely are the usual case;
 - a sample's reward depends on that sample alone. Rewards that compare a group (distinct answers) do not: weighting
   single samples says nothing about them;
 - masked rewards (NaN, left out) are masked whatever was drawn; the self-normalised forms need only that a mask does not
@@ -55,9 +56,9 @@ class Estimate:
     reward: Interval
     """mean over strata of the mean over prompts; bounds are NaN where resamples occur that have no weight"""
     ess: float
-    """effective sample size (sum of weights)^2 / (sum of squared weights) (Kong 1992)"""
+    """effective sample size; see `effective_sample_size`"""
     mean_weight: float
-    """1 in expectation where the log could have drawn whatever the target draws"""
+    """1 in expectation; what it lacks is mass of the target that the log does not hold"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Terms:
     """P prompts, ascending"""
     strata: np.ndarray
     """P labels"""
+    ess: float
+    mean_weight: float
+
+    def estimate(self, how: Resampling | None = None) -> Estimate:
+        return Estimate(self.interval(how or Resampling()), self.ess, self.mean_weight)
 
     def minus(self, values: np.ndarray) -> Terms:
         """Terms of the difference to the mean of (P,) values of the same prompts: both are resampled together, so that
@@ -165,7 +171,12 @@ def _bandit_estimate(
         baseline, direct = np.take_along_axis(model, action, 1), (target * model).sum(-1)
     gains = (weights * (rewards - baseline) + direct[:, None]).reshape(-1, 1)
     flat = weights.reshape(-1)
-    return _estimate(gains, flat[:, None] if normalise else np.ones_like(gains), flat, prompts, log.strata, how)
+    kept = ~np.isnan(gains[:, 0])
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(flat)[kept]
+    denominators = flat[kept, None] if normalise else np.ones_like(gains[kept])
+    labels = np.asarray(log.strata)[prompts[kept]]
+    return _terms(gains[kept], denominators, log_weights, prompts[kept], labels).estimate(how)
 
 
 # Token policies
@@ -220,9 +231,7 @@ def per_decision(
         DataError: see `log_ratios`.
     """
     ratios = log_ratios(policy, trajectories).numpy()
-    terms, log_weights = decision_terms(ratios, trajectories, rewards, strata, token_rewards, normalise)
-    ess, mean = effective_sample_size(log_weights), float(np.exp(log_weights).mean())
-    return Estimate(terms.interval(how or Resampling()), ess, mean)
+    return decision_terms(ratios, trajectories, rewards, strata, token_rewards, normalise).estimate(how)
 
 
 def decision_terms(
@@ -232,9 +241,8 @@ def decision_terms(
     strata: Sequence[str] | None = None,
     token_rewards: np.ndarray | None = None,
     normalise: bool = True,
-) -> tuple[Terms, np.ndarray]:
-    """What `per_decision` is made of, given (S,) log ratios: terms by prompt, and the log-weights of whole completions
-    that are not masked."""
+) -> Terms:
+    """What `per_decision` is made of, given (S,) log ratios."""
     count, lengths = len(trajectories), trajectories.lengths.numpy()
     if rewards.shape != (count,):
         raise InvalidValue("rewards shape", rewards.shape, f"({count},), one a completion")
@@ -253,20 +261,28 @@ def decision_terms(
     gains[:, -1] += rewards  # the last column holds the weights of whole completions
     kept = ~np.isnan(rewards)
     log_weights, gains = log_weights[kept], gains[kept]
-    weights = np.exp(log_weights)
-    if normalise:
-        weights = _scaled(log_weights)
+    weights = _scaled(log_weights) if normalise else np.exp(log_weights)
     ids = np.array([prompt.id for prompt in trajectories.prompts])[kept]
     labels = np.array(["all"] * count if strata is None else strata)[kept]
     denominators = weights if normalise else np.ones_like(weights)
-    return _terms(weights * gains, denominators, ids, labels), log_weights[:, -1]
+    return _terms(weights * gains, denominators, log_weights[:, -1], ids, labels)
 
 
 def effective_sample_size(log_weights: np.ndarray) -> float:
-    """(sum of weights)^2 / (sum of squared weights) of (n,) log-weights; 0 where none has weight (Kong 1992)."""
-    weights = _scaled(log_weights)
-    squares = float((weights**2).sum())
-    return float(weights.sum()) ** 2 / squares if squares > 0 else 0.0
+    """How many unweighted samples (n,) log-weights are worth; 0 where none has weight.
+
+    (sum of weights)^2 / (sum of squared weights) (Kong 1992) alone is blind to what was never drawn: it may be high
+    while much of the target's mass is missing. Weights add up to n in expectation. Where they add up to less, what is
+    missing is counted as one sample that was not seen, and the smaller of the two figures is taken.
+    """
+    scaled = _scaled(log_weights)
+    squares = float((scaled**2).sum())
+    if not squares > 0:
+        return 0.0
+    kong = float(scaled.sum()) ** 2 / squares
+    weights = np.exp(log_weights)
+    missing = len(weights) - float(weights.sum())
+    return min(kong, len(weights) ** 2 / (float((weights**2).sum()) + missing**2)) if missing > 0 else kong
 
 
 def _scaled(log_weights: np.ndarray) -> np.ndarray:
@@ -276,25 +292,10 @@ def _scaled(log_weights: np.ndarray) -> np.ndarray:
     return np.exp(log_weights - np.where(np.isfinite(peak), peak, 0))
 
 
-def _estimate(
-    numerators: np.ndarray,
-    denominators: np.ndarray,
-    weights: np.ndarray,
-    prompts: np.ndarray,
-    strata: Sequence[str],
-    how: Resampling | None,
-) -> Estimate:
-    """An estimate of (n, K) terms and (n,) weights; terms that are NaN are masked."""
-    kept = ~np.isnan(numerators).any(-1)
-    labels = np.asarray(strata)[prompts[kept]]
-    terms = _terms(numerators[kept], denominators[kept], prompts[kept], labels)
-    with np.errstate(divide="ignore"):
-        ess = effective_sample_size(np.log(weights[kept]))
-    return Estimate(terms.interval(how or Resampling()), ess, float(weights[kept].mean()))
-
-
-def _terms(numerators: np.ndarray, denominators: np.ndarray, prompts: np.ndarray, strata: np.ndarray) -> Terms:
-    """Means over the samples of each prompt."""
+def _terms(
+    numerators: np.ndarray, denominators: np.ndarray, log_weights: np.ndarray, prompts: np.ndarray, strata: np.ndarray
+) -> Terms:
+    """Means over the samples of each prompt, of (n, K) terms with (n,) log-weights and labels."""
     if not len(prompts):
         raise InvalidValue("rewards", "only NaN", "at least one number", "all are masked")
     names, first, index = np.unique(prompts, return_index=True, return_inverse=True)
@@ -304,4 +305,7 @@ def _terms(numerators: np.ndarray, denominators: np.ndarray, prompts: np.ndarray
     means = [np.zeros((len(names), part.shape[1])) for part in (numerators, denominators)]
     for total, part in zip(means, (numerators, denominators), strict=True):
         np.add.at(total, index, part / counts[index])
-    return Terms(means[0], means[1], names, strata[first])
+    sizes = [effective_sample_size(log_weights[strata == label]) for label in np.unique(strata)]
+    # The mean over strata has the mean of their variances over their number.
+    ess = len(sizes) ** 2 / sum(1 / size for size in sizes) if min(sizes) > 0 else 0.0
+    return Terms(*means, names, strata[first], ess, float(np.exp(log_weights).mean()))

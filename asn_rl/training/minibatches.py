@@ -10,17 +10,18 @@ def whole_completions(lengths: Tensor, kept: Tensor, tokens: int, generator: tor
     """Token indices of completions in random order, a completion's in the order of time, cut at about `tokens` each.
 
     Args:
-        lengths: (B,) tokens of every completion, as they are stored one after the other.
+        lengths: (B,) tokens of every completion, at least one, as they are stored one after the other.
         kept: (B',) indices of the completions to take.
     """
     order = kept[torch.randperm(len(kept), generator=generator)]
-    starts = lengths.cumsum(0) - lengths
-    parts: list[list[Tensor]] = [[]]
-    size = 0
-    for i in order.tolist():
-        if size and size + int(lengths[i]) > tokens:
-            parts.append([])
-            size = 0
-        parts[-1].append(torch.arange(int(starts[i]), int(starts[i] + lengths[i])))
-        size += int(lengths[i])
-    return [torch.cat(part) for part in parts if part]
+    own = lengths[order]
+    sizes: list[int] = []
+    for length in own.tolist():
+        if sizes and sizes[-1] + length <= tokens:
+            sizes[-1] += length
+        else:
+            sizes.append(length)
+    starts = (lengths.cumsum(0) - lengths)[order]
+    before = own.cumsum(0) - own
+    flat = torch.arange(int(own.sum())) + (starts - before).repeat_interleave(own)
+    return list(flat.split(sizes))

@@ -85,9 +85,9 @@ WORDS = ("music", "rain", "a dog", "the sea", "bread", "a train", "winter", "gol
 @pytest.fixture(scope="module")
 def visited(smollm: HFBackend) -> Trajectories:
     """Completions under min-p, seen again with what the rules read: teacher forcing is faster than capturing."""
-    prompts = [Prompt(word, f"Write about {word}.") for word in WORDS for _ in range(2)]
+    prompts = [Prompt(word, f"Write about {word}.") for word in WORDS]
     config = RolloutConfig(max_new_tokens=32, layers=LAYERS)
-    run = rollout(rule("min_p", min_p=0.1), smollm, prompts, config, seed=list(range(len(prompts))))
+    run = rollout(rule("min_p", min_p=0.1), smollm, prompts, config, seed=3)
     reader = Pipeline(
         [
             {"name": "repetition_penalty", "params": {"penalty": 1.0}},
@@ -100,8 +100,8 @@ def visited(smollm: HFBackend) -> Trajectories:
 @pytest.mark.parametrize(
     ("teacher", "entry", "bound"),
     [
-        (rule("repetition_penalty", penalty=1.4), "history", 0.01),
-        (rule("layer_contrast", alpha=0.1), "layer_logprobs", 0.25),
+        (rule("repetition_penalty", penalty=1.4), "history", 0.002),
+        (rule("layer_contrast", alpha=0.1), "layer_logprobs", 0.6),
     ],
     ids=["repetition penalty", "layer contrast"],
 )
@@ -121,4 +121,4 @@ def test_token_features_distil_what_needs_them(
     base = float(kl(targets, visited.observations.sketch.log_mass).mean())
     print(f"{entry}: held-out KL {held_out}, of the base model {base:.3f}")
     assert held_out["with"] < bound
-    assert held_out["without"] > 3 * held_out["with"]
+    assert held_out["without"] > 2 * held_out["with"]

@@ -69,7 +69,7 @@ def their_return(model: PPO, episodes: int = 256) -> float:
 def their_training() -> float:
     """Settings as in `scripts/benchmark_ppo.py`."""
     env = make_vec_env(lambda: gym.make("asn_envs:asn/ToyDecoding-v0", limit_terminates=True), 16, seed=0)
-    settings = {"learning_rate": 5e-3, "n_steps": 16, "batch_size": 64, "clip_range": 0.4, "gamma": 1.0}
+    settings = {"learning_rate": 5e-3, "n_steps": 8, "batch_size": 64, "clip_range": 0.4, "gamma": 1.0}
     return their_return(PPO("MultiInputPolicy", env, seed=0, device="cpu", **settings).learn(2048))
 
 

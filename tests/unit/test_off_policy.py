@@ -210,16 +210,16 @@ def test_log_ratios_are_those_of_the_whole_vocabulary(policy: Policy, target: np
 def test_weighting_is_unbiased_over_all_completions(policy: Policy, target: np.ndarray) -> None:
     """Sum over completions of behaviour probability times weighted reward = sum of target probability times reward."""
     ratios = log_ratios(policy, ALL).numpy()
-    terms, _ = decision_terms(ratios, ALL, ENDS, normalise=False)
+    terms = decision_terms(ratios, ALL, ENDS, normalise=False)
     assert probabilities() @ terms.numerators.sum(-1) == pytest.approx(target @ ENDS, rel=1e-5)
-    terms, _ = decision_terms(ratios, ALL, ENDS, token_rewards=PER_TOKEN, normalise=False)
+    terms = decision_terms(ratios, ALL, ENDS, token_rewards=PER_TOKEN, normalise=False)
     returns = ENDS + np.bincount(ALL.rows, PER_TOKEN)
     assert probabilities() @ terms.numerators.sum(-1) == pytest.approx(target @ returns, rel=1e-5)
 
 
 def test_rewards_are_weighted_by_the_decisions_before_them_only() -> None:
     ratios = log_ratios(temperature(0.5), ALL).numpy()
-    terms, _ = decision_terms(ratios, ALL, np.zeros(len(ALL)), token_rewards=PER_TOKEN, normalise=False)
+    terms = decision_terms(ratios, ALL, np.zeros(len(ALL)), token_rewards=PER_TOKEN, normalise=False)
     starts = np.concatenate([[0], ALL.lengths.numpy().cumsum()[:-1]])
     expected = [
         sum(math.exp(ratios[low : low + t + 1].sum()) * PER_TOKEN[low + t] for t in range(length))
@@ -232,8 +232,8 @@ def test_later_decisions_add_no_variance_to_earlier_rewards() -> None:
     first = np.where(STEPS == 0, PER_TOKEN, 0)
     ratios, chances = log_ratios(temperature(0.5), ALL).numpy(), probabilities()
     rewards = np.bincount(ALL.rows, first)
-    whole, _ = decision_terms(ratios, ALL, rewards, normalise=False)
-    by_step, _ = decision_terms(ratios, ALL, np.zeros(len(ALL)), token_rewards=first, normalise=False)
+    whole = decision_terms(ratios, ALL, rewards, normalise=False)
+    by_step = decision_terms(ratios, ALL, np.zeros(len(ALL)), token_rewards=first, normalise=False)
     means, variances = [], []
     for terms in (whole, by_step):
         gain = terms.numerators.sum(-1)
@@ -286,7 +286,7 @@ def test_differences_to_fresh_values_of_the_same_prompts_are_paired() -> None:
     log, rewards = toy_log(BASE)
     shared = np.random.default_rng(0).normal(0, 5, 40)  # what the prompts have in common
     rewards = rewards + shared.repeat(25)
-    terms, _ = decision_terms(log_ratios(BASE, log).numpy(), log, rewards)
+    terms = decision_terms(log_ratios(BASE, log).numpy(), log, rewards)
     gap = terms.minus(shared).interval(HOW)
     assert gap.mean == pytest.approx(rewards.mean() - shared.mean())
     assert gap.high - gap.low < 0.05 * (terms.interval(HOW).high - terms.interval(HOW).low)
@@ -312,11 +312,15 @@ def test_no_weight_is_no_estimate() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(logs=st.lists(st.floats(-900, 5), min_size=1, max_size=30), factor=st.floats(-50, 50))
-def test_the_effective_sample_size_has_its_bounds_and_no_scale(logs: list[float], factor: float) -> None:
+@given(logs=st.lists(st.floats(-900, 5), min_size=1, max_size=30))
+def test_the_effective_sample_size_is_at_most_that_of_kong(logs: list[float]) -> None:
+    weights = np.exp(np.array(logs) - max(logs))
+    kong = weights.sum() ** 2 / (weights**2).sum()
     found = effective_sample_size(np.array(logs))
-    assert 1 - 1e-9 <= found <= len(logs) + 1e-9
-    assert effective_sample_size(np.array(logs) + factor) == pytest.approx(found)
+    assert 0 < found <= kong + 1e-9
+    assert kong <= len(logs) + 1e-9
+    if np.exp(logs).sum() >= len(logs):
+        assert found == pytest.approx(kong)
 
 
 def test_effective_sample_sizes_in_closed_form() -> None:
@@ -324,7 +328,29 @@ def test_effective_sample_sizes_in_closed_form() -> None:
     assert effective_sample_size(np.log([1.0, 3.0])) == pytest.approx(16 / 10)
     assert effective_sample_size(np.array([-math.inf, 0.0])) == 1
     assert effective_sample_size(np.array([-math.inf])) == 0
-    assert effective_sample_size(np.array([-2000.0, -2000.0])) == pytest.approx(2)
+    # A hundred equal weights of a half: as much again is missing, in one sample.
+    assert effective_sample_size(np.log(np.full(100, 0.5))) == pytest.approx(100**2 / (100 / 4 + 50**2))
+
+
+def test_mass_that_was_never_drawn_lowers_the_effective_sample_size() -> None:
+    """Half of the time the target says what the log never drew; the weights that are there are even all the same."""
+    never, size = 1e-9, 1000
+    target, behaviour = np.array([0.5 - never, 0.5, never]), np.array([1 - 2 * never, never, never])
+    log = drawn_log(np.zeros((size, 1), int), np.tile([0.2, 0.9, 0.0], (size, 1)), np.tile(behaviour, (size, 1)))
+    found = ips(log, np.tile(target, (size, 1)), HOW)
+    assert found.mean_weight == pytest.approx(0.5)
+    assert found.ess == pytest.approx(4, rel=0.01)
+
+
+def test_a_stratum_without_effective_samples_is_not_made_up_for_by_another() -> None:
+    """The estimate is a mean over strata, and its variance that of the strata."""
+    log, rewards = toy_log(BASE, groups=4, size=10)
+    strata = ["a"] * 20 + ["b"] * 20
+    assert per_decision(BASE, log, rewards, strata, how=HOW).ess == pytest.approx(40)
+    ratios = np.where(log.rows.numpy() < 20, 0.0, -math.inf)
+    ratios[(log.rows == 39).numpy()] = math.log(20) / int(log.lengths[39])
+    terms = decision_terms(ratios, log, rewards, strata)
+    assert terms.ess == pytest.approx(4 / (1 / 20 + 1 / 1))
 
 
 class NeedsHidden(Pipeline):
