@@ -56,7 +56,7 @@ def main() -> int:
     set_threads(arguments.threads)
     tokens, topics, etas, steps = arguments.tokens, 4, ETAS, arguments.steps
     if arguments.quick:
-        tokens, topics, etas, steps = min(tokens, 50), 1, ETAS[:1], min(steps, 12)
+        tokens, topics, etas, steps = min(tokens, 40), 1, ETAS[:1], min(steps, 10)
     backend = load_backend(BackendConfig())
     policy = trained(backend, prompts("train", topics), tokens, steps)
     sides = measured(policy, backend, prompts("test", topics), tokens, etas)

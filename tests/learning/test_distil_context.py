@@ -61,7 +61,7 @@ def test_a_recurrent_policy_distils_mirostat_and_then_holds_a_surprise_better() 
     targets = sketch_targets(teachers, torch.eye(len(TARGETS)).repeat(12, 1), run)
     before = float(kl(targets, recorded_logprobs(policy, run)).mean())
     figures = distill(
-        policy, run, targets, DistillConfig(epochs=20, minibatch_tokens=300, learning_rate=2e-2, holdout=0.25)
+        policy, run, targets, DistillConfig(epochs=14, minibatch_tokens=300, learning_rate=2e-2, holdout=0.25)
     )
     assert before > 0.15
     assert figures["eval/distill_kl"] < 0.5 * before
@@ -79,22 +79,28 @@ def rule(name: str, **params: float) -> Pipeline:
 
 
 LAYERS = (10, 20)
-WORDS = ("music", "rain", "a dog", "the sea", "bread", "a train", "winter", "gold", "a king", "the moon")
+TEXTS = {
+    "music": "Music is a language that everybody understands, and the music of the sea is the oldest music of all.",
+    "rain": "The rain fell on the roof all night, and in the morning the rain had washed the dust from every leaf.",
+    "a dog": "My dog is a small brown dog with long ears. Every morning my dog waits at the door until I wake up.",
+    "bread": "To bake bread, mix flour, water, salt and yeast, let the dough rest, and bake the bread until brown.",
+    "a train": "The train left the station at noon. The train was full, so the people stood in the aisle of the train.",
+    "winter": "In winter the days are short and the nights are long, and the snow lies on the hills until the spring.",
+    "gold": "Gold does not rust, and gold is soft, so people have made rings and coins of gold for a very long time.",
+    "a king": "Once there was a king who had three sons. The first son was strong, the second son was clever.",
+    "the moon": "The moon has no light of its own; the light of the moon is the light of the sun, sent back to us.",
+    "a garden": "In the garden behind the house there are roses, and beans, and an apple tree older than the house.",
+}
 
 
 @pytest.fixture(scope="module")
 def visited(smollm: HFBackend) -> Trajectories:
-    """Completions under min-p, seen again with what the rules read: teacher forcing is faster than capturing."""
-    prompts = [Prompt(word, f"Write about {word}.") for word in WORDS]
-    config = RolloutConfig(max_new_tokens=32, layers=LAYERS)
-    run = rollout(rule("min_p", min_p=0.1), smollm, prompts, config, seed=3)
-    reader = Pipeline(
-        [
-            {"name": "repetition_penalty", "params": {"penalty": 1.0}},
-            {"name": "layer_contrast", "params": {}},
-        ]
-    )
-    return replay(reader, smollm, run.prompts, run.completion_ids, config)[0]
+    """States along short texts, with all that the rules read."""
+    ids = [smollm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS.values()]
+    prompts = [Prompt(word, f"Write about {word}.") for word in TEXTS]
+    penalty = {"name": "repetition_penalty", "params": {"penalty": 1.4}}
+    reader = Pipeline([penalty, {"name": "layer_contrast", "params": {}}])
+    return replay(reader, smollm, prompts, ids, RolloutConfig(max_new_tokens=40, layers=LAYERS))[0]
 
 
 @pytest.mark.parametrize(

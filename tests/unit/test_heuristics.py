@@ -164,6 +164,11 @@ ILLEGAL = [
     ("mirostat", {"eta": 0}, r"mirostat.eta must be in \(0, 1\], got 0"),
     ("mirostat", {"eta": 1.5}, r"mirostat.eta must be in \(0, 1\], got 1.5"),
     ("mirostat", {"version": 3}, "mirostat.version must be 1 or 2, got 3"),
+    ("repetition_penalty", {"penalty": 0}, r"repetition_penalty.penalty must be in \(0, inf\), got 0"),
+    ("frequency_presence", {"frequency": 2.5}, r"frequency_presence.frequency must be in \[-2, 2\], got 2.5"),
+    ("frequency_presence", {"presence": -3}, r"frequency_presence.presence must be in \[-2, 2\], got -3"),
+    ("layer_contrast", {"alpha": 0}, r"layer_contrast.alpha must be in \(0, 1\], got 0"),
+    ("layer_contrast", {"layer": -1}, "layer_contrast.layer must be an integer >= 0, or null"),
     *(
         (name, {**params, "min_tokens_to_keep": least}, f"{name}.min_tokens_to_keep must be an integer >= 1")
         for name, params in {
@@ -191,7 +196,7 @@ def test_every_parameter_of_every_rule_has_an_illegal_value_above() -> None:
     ("given", "error", "message"),
     [
         (step("topp", top_p=0.9), UnknownName, "unknown heuristic 'topp'. Did you mean 'top_p'"),
-        (step("nothing"), UnknownName, "Known: edt, epsilon, eta, greedy, min_p, mirostat, temperature, top_h, top_k"),
+        (step("nothing"), UnknownName, "Known: edt, epsilon, eta, frequency_presence, greedy, layer_contrast, min_p"),
         (step("top_p", topp=0.9), UnknownName, "unknown parameter of heuristic 'top_p' 'topp'. Did you mean 'top_p'"),
         (step("greedy", top_k=1), UnknownName, "unknown parameter of heuristic 'greedy' 'top_k'"),
         (step("top_p"), ConfigError, "heuristic 'top_p': .*missing.*'top_p'.*parameters: min_tokens_to_keep, top_p"),

@@ -50,7 +50,7 @@ class Pipeline(PolicyModule):
     def __init__(self, steps: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
         super().__init__()
         self.rules = [make_rule(step) for step in steps]
-        self.needs = frozenset[str]().union(*(rule.needs for rule in self.rules))
+        self.needs = type(self).needs.union(*(rule.needs for rule in self.rules))
         self.layer_count = max((rule.layer_count for rule in self.rules), default=0)
         self.title = title or " ".join(describe(rule) for rule in self.rules) or "base"
 
