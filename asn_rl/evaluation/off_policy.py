@@ -302,10 +302,14 @@ def _terms(
     if (strata != strata[first][index]).any():
         raise InvalidValue("strata", "several of one prompt", "equal for all completions of a prompt")
     counts = np.bincount(index)[:, None]
-    means = [np.zeros((len(names), part.shape[1])) for part in (numerators, denominators)]
-    for total, part in zip(means, (numerators, denominators), strict=True):
+
+    def mean(part: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(names), part.shape[1]))
         np.add.at(total, index, part / counts[index])
+        return total
+
     sizes = [effective_sample_size(log_weights[strata == label]) for label in np.unique(strata)]
     # The mean over strata has the mean of their variances over their number.
     ess = len(sizes) ** 2 / sum(1 / size for size in sizes) if min(sizes) > 0 else 0.0
-    return Terms(*means, names, strata[first], ess, float(np.exp(log_weights).mean()))
+    reached = float(np.exp(log_weights).mean())
+    return Terms(mean(numerators), mean(denominators), names, strata[first], ess, reached)
