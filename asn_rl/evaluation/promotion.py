@@ -201,6 +201,8 @@ def _studentized(parts: Sequence[np.ndarray], config: PromotionConfig) -> tuple[
     t = np.divide(shift, np.sqrt(squares) / len(parts), out=infinite, where=squares > 0)
     above = np.quantile(t, config.level, method="higher")
     below = np.quantile(t, 1 - config.level, method="lower")
+    if not error > 0:  # the spread is too small for its square
+        return -math.inf, math.inf
     return float(mean - above * error), float(mean - below * error)
 
 
