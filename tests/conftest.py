@@ -1,9 +1,15 @@
-"""Shared fixtures. One thread: torch's OpenMP threads spin, and on shared cores that slows a step fifty-fold."""
+"""Shared fixtures. One thread: torch's OpenMP threads spin, and on shared cores that slows a step fifty-fold.
+
+Tests that are skipped, and why (a name here is the only way to skip):
+* those that use `benchmark_data`, where neither ASN_RL_DATA nor a folder `shared/data` beside the checkout holds the
+  benchmark files, whose licences do not all allow shipping them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,3 +55,13 @@ def smollm_logits(smollm: HFBackend) -> torch.Tensor:
 @pytest.fixture
 def toy() -> ToyBackend:
     return ToyBackend.random(vocab=32, seed=0)
+
+
+@pytest.fixture(scope="session")
+def benchmark_data() -> Path:
+    """The folder that holds the benchmarks' files."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ASN_RL_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no benchmark files: ASN_RL_DATA is not set and there is no {beside}")
+    return folder
