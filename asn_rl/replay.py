@@ -16,6 +16,7 @@ from asn_rl.ops.sketch import build_sketch, points_of
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy, Scored
 from asn_rl.rollout import RolloutConfig, captured_layers, checked_probs, concatenate, encoded_prompts
+from asn_rl.stopping import before_stop, has_ended
 from asn_rl.types import PER_COMPLETION, Observation, PolicyOutput, Prompt, Trajectories
 
 
@@ -157,8 +158,8 @@ def _replay_one(
         sample=[row.sample],
         prompt_ids=[row.prompt_ids],
         completion_ids=[ids],
-        completions=[backend.decode(ids)],
-        terminated=torch.tensor([ids[-1] in backend.eos_token_ids]),
+        completions=[before_stop(backend.decode(ids), config.stop)],
+        terminated=torch.tensor([has_ended(backend, ids, config.stop)]),
         observations=obs.to("cpu"),
         points=points.squeeze(-1).cpu(),
         behaviour_logprobs=(output.gather(-1, points).squeeze(-1) + inner).cpu(),

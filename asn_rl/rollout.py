@@ -24,6 +24,7 @@ from asn_rl.ops.history import empty_history, remember
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
+from asn_rl.stopping import StopWatch, before_stop
 from asn_rl.types import OPTIONAL_INPUTS, PER_TOKEN, Observation, Prompt, Trajectories
 
 Probe = Callable[[Tensor, Sketch, PointMap], Tensor]
@@ -46,6 +47,8 @@ class RolloutConfig:
     """generated tokens, the latest distinct ones, that are sketch points of their own where a policy reads `history`"""
     layers: tuple[int, ...] = ()
     """earlier layers, counted from 1, whose log-probs are captured where a policy reads `layer_logprobs`"""
+    stop: tuple[str, ...] = ()
+    """texts that end a completion as an end-of-sequence token does; its text is what comes before"""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -56,6 +59,8 @@ class RolloutConfig:
             raise InvalidValue("tracked", self.tracked, ">= 1", "it acts only where a policy reads `history`")
         if any(layer < 1 for layer in self.layers) or len(set(self.layers)) != len(self.layers):
             raise InvalidValue("layers", list(self.layers), "different numbers >= 1, counted from the first layer")
+        if "" in self.stop:
+            raise InvalidValue("stop", list(self.stop), "texts of at least one character", "[] stops at none")
         SketchSize(self.head, self.tail)
 
     @property
@@ -149,7 +154,7 @@ def _rollout_batch(
     embedding = session.hidden.clone() if "prompt_embedding" in needs and session.hidden is not None else None
     condition = None if conditions is None else conditions.repeat_interleave(repeats, 0).to(device)
     state = policy.initial_state(batch, device)
-    eos = torch.tensor(sorted(backend.eos_token_ids), device=device)
+    watch = StopWatch(backend, batch, config.stop)
 
     rows = torch.arange(batch, device=device)
     last, total = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
@@ -180,7 +185,7 @@ def _rollout_batch(
         if on_token is not None:
             on_token(len(rows))
 
-        finished = torch.isin(tokens, eos)
+        finished = watch.ended(rows, tokens)
         record.terminated[rows[finished].cpu()] = True
         if finished.all() or t + 1 == budget:
             break
@@ -194,7 +199,7 @@ def _rollout_batch(
         session.step(tokens)
     everyone = [prompt for prompt in prompts for _ in range(repeats)]
     samples = [g for _, _, g in keys]
-    return record.trajectories(backend, everyone, samples, ids, repeats, embedding, condition)
+    return record.trajectories(backend, config.stop, everyone, samples, ids, repeats, embedding, condition)
 
 
 class _Record:
@@ -234,6 +239,7 @@ class _Record:
     def trajectories(
         self,
         backend: LogitsBackend,
+        stop: Sequence[str],
         prompts: Sequence[Prompt],
         samples: Sequence[int],
         ids: Sequence[Sequence[int]],
@@ -251,7 +257,7 @@ class _Record:
             sample=samples,
             prompt_ids=[prompt for prompt in ids for _ in range(repeats)],
             completion_ids=completion_ids,
-            completions=[backend.decode(part) for part in completion_ids],
+            completions=[before_stop(backend.decode(part), stop) for part in completion_ids],
             terminated=self.terminated,
             observations=Observation(
                 Sketch(flat["log_mass"], flat["log_count"], flat["inner_entropy"]),

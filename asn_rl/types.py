@@ -49,7 +49,7 @@ class Candidate:
     completion_ids: Sequence[int] | None
     """as sampled, end-of-sequence token included; None: a server that returns text only"""
     terminated: bool
-    """True: ended by an end-of-sequence token; False: truncated by the token limit"""
+    """True: ended by an end-of-sequence token or a stop string; False: truncated by the token limit"""
 
     @property
     def key(self) -> Key:
@@ -128,7 +128,7 @@ class Trajectories:
     completion_ids: Sequence[Sequence[int]]
     completions: Sequence[str]
     terminated: Tensor
-    """(B,) bool, True: ended by an end-of-sequence token; False: truncated by the token limit"""
+    """(B,) bool, True: ended by an end-of-sequence token or a stop string; False: truncated by the token limit"""
     observations: Observation
     """per-token observations, except `prompt_embedding` and `condition`, which are (B, ...)"""
     points: Tensor

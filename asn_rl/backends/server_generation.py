@@ -29,6 +29,7 @@ from typing import Any, Literal, Self, get_args
 
 from asn_rl.backends.servers import RequestFailure, ServerPool, ServersConfig
 from asn_rl.errors import ConfigError, InvalidValue, UnknownName
+from asn_rl.stopping import before_stop
 from asn_rl.types import Messages
 
 Kind = Literal["sglang", "vllm", "openai"]
@@ -99,6 +100,7 @@ class ServerGenerator:
             openai kind sends messages, a text as one user turn, and the server renders them.
         decode: token ids -> text without special tokens, as `LogitsBackend.decode`; needed by sglang and vllm.
         eos_token_ids: end a completion, besides those the server knows; not sent by the openai kind.
+        stop: texts that end a completion; its text is what comes before.
         logprobs: ask for log-probabilities; sglang and vllm only.
         extra: further fields of each request, for example {"chat_template_kwargs": {"enable_thinking": False}}.
     """
@@ -112,6 +114,7 @@ class ServerGenerator:
         encode: Callable[[str | Messages], list[int]] | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
         eos_token_ids: Iterable[int] = (),
+        stop: Sequence[str] = (),
         logprobs: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
@@ -125,6 +128,7 @@ class ServerGenerator:
         self.kind: Kind = kind
         self.model, self.encode, self.decode = model, encode, decode
         self.eos_token_ids, self.logprobs, self.extra = sorted(eos_token_ids), logprobs, dict(extra or {})
+        self.stop = tuple(stop)
         self.pool = ServerPool(config)
 
     def __enter__(self) -> Self:
@@ -158,9 +162,9 @@ class ServerGenerator:
             messages = [{"role": "user", "content": request.prompt}]
             turns = messages if isinstance(request.prompt, str) else request.prompt
             limits = {"max_tokens": request.max_new_tokens, "seed": request.seed}
-            return {"model": self.model, "messages": turns} | sampling | limits
+            return {"model": self.model, "messages": turns} | sampling | limits | self._stop()
         assert self.encode is not None
-        ids, stop = list(self.encode(request.prompt)), {"stop_token_ids": self.eos_token_ids}
+        ids, stop = list(self.encode(request.prompt)), {"stop_token_ids": self.eos_token_ids} | self._stop()
         if self.kind == "sglang":
             sampling |= {"max_new_tokens": request.max_new_tokens, "sampling_seed": request.seed} | stop
             return {"input_ids": ids, "sampling_params": sampling, "return_logprob": self.logprobs}
@@ -168,13 +172,16 @@ class ServerGenerator:
         optional = ({"model": self.model} if self.model else {}) | ({"logprobs": 0} if self.logprobs else {})
         return body | optional | stop | sampling
 
+    def _stop(self) -> dict[str, Any]:
+        return {"stop": list(self.stop)} if self.stop else {}
+
     def _completion(self, answer: Mapping[str, Any]) -> Result:
         completion = parse_completion(self.kind, answer)
         if isinstance(completion, RequestFailure) or completion.token_ids is None or self.decode is None:
             return completion
         if self.logprobs and completion.logprobs is None:
             return RequestFailure("malformed", f"no logprobs came from a server of kind {self.kind!r}")
-        return replace(completion, text=self.decode(completion.token_ids))
+        return replace(completion, text=before_stop(self.decode(completion.token_ids), self.stop))
 
 
 def sampling_params(kind: Kind, processors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

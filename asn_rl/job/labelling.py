@@ -77,7 +77,8 @@ def _generate_on_servers(
         backend = job.backend
         codec = {"encode": backend.encode, "decode": backend.decode, "eos_token_ids": backend.eos_token_ids}
     processors = {spec.name: spec.processors for spec in job.heuristics}
-    with ServerGenerator(servers.pool, servers.kind, model=servers.model, **codec) as generator:
+    stop = job.config.rollout.stop
+    with ServerGenerator(servers.pool, servers.kind, model=servers.model, stop=stop, **codec) as generator:
         source = generating.FromServers(generator, processors, by_id, job.config.rollout.max_new_tokens, fixed)
         left_out = generating.generate(candidates, source, candidates.folder)
     if left_out:
