@@ -16,6 +16,7 @@ SOURCES = Registry(
         "arithmetic": "asn_rl.data.arithmetic:arithmetic",
         "open_ended": "asn_rl.data.open_ended:open_ended",
         "mixture": "asn_rl.data.open_ended:mixture",
+        "union": "asn_rl.data.union:union",
         "jsonl": "asn_rl.data.jsonl:jsonl",
         "reasoning_gym": "asn_rl.data.procedural:reasoning_gym",
         "ifeval": "asn_rl.data.ifeval:ifeval",
@@ -28,7 +29,7 @@ class DataConfig:
     """Where prompts come from."""
 
     source: str = "mixture"
-    """prompt source: arithmetic, open_ended, mixture, jsonl, reasoning_gym, ifeval, or module:function"""
+    """prompt source: arithmetic, open_ended, mixture, union, jsonl, reasoning_gym, ifeval, or module:function"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the source, for example {path: prompts.jsonl}"""
     limit: int | None = None

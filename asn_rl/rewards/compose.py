@@ -48,6 +48,8 @@ class RewardConfig:
     dies"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the function, for example {budget: 64}"""
+    where: dict[str, Any] = field(default_factory=dict)
+    """prompts it applies to, {column: value}, for example {task: arithmetic}; the others are masked. {}: all"""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -68,7 +70,7 @@ class RewardConfig:
 
     def scores_like(self, other: RewardConfig) -> bool:
         """Whether raw scores are the same, be they weighted as they may."""
-        return self.function == other.function and self.arguments == other.arguments
+        return (self.function, self.arguments, self.where) == (other.function, other.arguments, other.where)
 
 
 @dataclass(frozen=True)
@@ -213,15 +215,20 @@ class _Component:
     def scores(self, inputs: Inputs, counts: Counter[str]) -> tuple[list[float | None], str]:
         """Checked scores, and in words why there are none if all are None."""
         rows = len(inputs["completions"])
+        chosen = [i for i in range(rows) if _applies(self.config.where, inputs, i)]
         before = self._own_counts.copy()
-        answer = self._attempts(inputs, counts)
+        values: list[float | None] = [None] * rows
+        reason = f"returned None for all {len(chosen)} completions"
+        if not chosen:
+            answer, reason = [], f"no prompt has {self.config.where}"
+        else:
+            answer = self._attempts({name: [column[i] for i in chosen] for name, column in inputs.items()}, counts)
         if isinstance(answer, Failure):
-            self._warn(answer, rows)
-            values: list[float | None] = [None] * rows
+            self._warn(answer, len(chosen))
             reason = f"{answer.reason}, {answer.detail}"
         else:
-            values = checked_scores(self.name, answer, rows)
-            reason = f"returned None for all {rows} completions"
+            for i, value in zip(chosen, checked_scores(self.name, answer, len(chosen)), strict=True):
+                values[i] = value
         counts.update({f"{self.name}/{event}": n for event, n in (self._own_counts - before).items()})
         counts[f"{self.name}/masked"] += sum(value is None for value in values)
         return values, reason
@@ -262,6 +269,10 @@ class _Component:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _applies(where: Mapping[str, Any], inputs: Inputs, row: int) -> bool:
+    return all(name in inputs and inputs[name][row] == value for name, value in where.items())
 
 
 def call_inputs(
