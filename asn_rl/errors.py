@@ -70,5 +70,9 @@ class DataError(AsnError, ValueError):
     """A record or prompt that cannot be used."""
 
 
+class ServingError(AsnError, RuntimeError):
+    """A request that a policy cannot decode."""
+
+
 class TrainingError(AsnError, RuntimeError):
     """A training run that cannot learn."""

@@ -32,8 +32,9 @@ def empty_history(batch: int, bound: int, device: torch.device | str) -> History
     return History(nothing, torch.zeros_like(nothing), nothing)
 
 
-def remember(history: History, tokens: Tensor, step: int) -> History:
-    """Take up the tokens (B,) of a step; where the table is full, the one not seen for longest is forgotten."""
+def remember(history: History, tokens: Tensor, step: int | Tensor) -> History:
+    """Take up the tokens (B,) of a step, or of (B,) steps; where the table is full, the one not seen for longest is
+    forgotten."""
     same = history.tokens == tokens.unsqueeze(-1)
     known = same.any(-1, keepdim=True)
     slot = torch.where(known, same.int().argmax(-1, keepdim=True), history.last.argmin(-1, keepdim=True))
@@ -41,7 +42,7 @@ def remember(history: History, tokens: Tensor, step: int) -> History:
     return History(
         history.tokens.scatter(-1, slot, tokens.unsqueeze(-1)),
         history.count.scatter(-1, slot, count),
-        history.last.scatter(-1, slot, step),
+        history.last.scatter(-1, slot, torch.as_tensor(step, device=slot.device).expand(len(slot)).unsqueeze(-1)),
     )
 
 

@@ -1,0 +1,73 @@
+"""Rows of tensors by key: what is remembered of requests that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_FEWEST = 16
+
+
+class Table:
+    """Tensors that share a first axis of slots, one slot a key. Slots are reused; the tensors grow by doubling."""
+
+    def __init__(self) -> None:
+        self._slots: dict[Hashable, int] = {}
+        self._free: list[int] = []
+        self._columns: dict[str, Tensor] = {}
+        self._steps: dict[Hashable, int] = {}
+
+    @property
+    def keys(self) -> list[Hashable]:
+        return list(self._slots)
+
+    def steps(self, key: Hashable) -> int | None:
+        """The entry `steps` of a key, kept on the host; None: an unknown key."""
+        return self._steps.get(key)
+
+    def release(self, keys: Collection[Hashable]) -> None:
+        """Forget keys; unknown ones are none."""
+        for key in keys:
+            if key in self._slots:
+                self._free.append(self._slots.pop(key))
+                self._steps.pop(key, None)
+
+    def read(self, keys: Sequence[Hashable]) -> dict[str, Tensor]:
+        """Copies of the rows (len(keys), ...) of every column."""
+        return {name: column[self._index(keys, column)] for name, column in self._columns.items()}
+
+    def write(self, keys: Sequence[Hashable], values: Mapping[str, Tensor]) -> None:
+        """Set rows; new keys get slots, new names columns."""
+        if not keys:
+            return
+        self._claim(keys)
+        for name, part in values.items():
+            if name not in self._columns or len(self._columns[name]) < self._capacity:
+                self._columns[name] = self._grown(self._columns.get(name), part)
+            column = self._columns[name]
+            column[self._index(keys, column)] = part.to(column.dtype)
+        if "steps" in values:
+            self._steps |= dict(zip(keys, values["steps"].tolist(), strict=True))
+
+    @property
+    def _capacity(self) -> int:
+        return len(self._slots) + len(self._free)
+
+    def _claim(self, keys: Sequence[Hashable]) -> None:
+        new = [key for key in keys if key not in self._slots]
+        if len(new) > len(self._free):
+            more = max(_FEWEST, self._capacity, len(new))
+            self._free += range(self._capacity, self._capacity + more)
+        for key in new:
+            self._slots[key] = self._free.pop()
+
+    def _grown(self, column: Tensor | None, like: Tensor) -> Tensor:
+        grown = like.new_zeros(self._capacity, *like.shape[1:])
+        if column is not None:
+            grown[: len(column)] = column
+        return grown
+
+    def _index(self, keys: Sequence[Hashable], column: Tensor) -> Tensor:
+        return torch.tensor([self._slots[key] for key in keys], dtype=torch.long, device=column.device)
