@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class JobVerb:
     """returns the exit status, None for success"""
     options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     example: str = "grpo.steps=10"
+    overrides: Callable[[argparse.Namespace], list[str]] = lambda options: []
+    """settings that options stand for"""
 
 
 def add_job_options(verb: JobVerb, parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,8 @@ def run_job_verb(verb: JobVerb, options: argparse.Namespace) -> int | None:
     from asn_rl.config import load_config
     from asn_rl.job import Job, JobConfig
 
-    return verb.function(Job(load_config(JobConfig, options.config, options.overrides), options.run), options)
+    settings = [*verb.overrides(options), *options.overrides]
+    return verb.function(Job(load_config(JobConfig, options.config, settings), options.run), options)
 
 
 def _generate(job: Job, options: argparse.Namespace) -> None:
@@ -117,18 +121,12 @@ def _reinforce(job: Job, options: argparse.Namespace) -> None:
     reinforce(job)
 
 
-def _compare(job: Job, options: argparse.Namespace) -> None:
-    from asn_rl.analysis.report import print_comparison
+def _report(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.analysis.labelling_report import write_labelling_report
+    from asn_rl.analysis.report import print_comparison, write_report
     from asn_rl.job import compare
 
     print_comparison(compare(job))
-
-
-def _report(job: Job, options: argparse.Namespace) -> None:
-    from asn_rl.analysis.labelling_report import write_labelling_report
-    from asn_rl.analysis.report import write_report
-
-    _compare(job, options)
     print(f"reports: {write_labelling_report(job.run)} and {write_report(job)}")
 
 
@@ -143,6 +141,45 @@ def _headroom(job: Job, options: argparse.Namespace) -> None:
 
 def _headroom_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("train", "selection"), default="train", help="whose candidates to judge by")
+
+
+def _evaluate(job: Job, options: argparse.Namespace) -> int:
+    from asn_rl.analysis.evaluation_page import print_evaluation, write_evaluation_page
+    from asn_rl.job import evaluate
+
+    record = evaluate(job)
+    print_evaluation(record)
+    print(f"report: {write_evaluation_page(record, job.run / 'evaluation.html')}")
+    return 1 if record["left_out"] else 0
+
+
+def _evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", help="benchmarks, separated by commas: names (`asn-rl benchmarks`) or YAML files")
+    parser.add_argument("--limit", type=int, help="prompts a split of a benchmark at most")
+    parser.add_argument("--data", help="folder of the benchmarks' files; default: environment variable ASN_RL_DATA")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a trained policy; again with the same name: another training seed of it",
+    )
+
+
+def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
+    policies: dict[str, list[str]] = {}
+    for given in options.policy:
+        name, separator, folder = given.partition("=")
+        if not (name and separator and folder):
+            raise ConfigError(f"--policy {given!r} must be NAME=FOLDER, for example --policy rl=runs/demo/policy")
+        policies.setdefault(name, []).append(folder)
+    values = {
+        "tasks": options.tasks and options.tasks.split(","),
+        "limit": options.limit,
+        "data": options.data,
+        "policies": policies or None,
+    }
+    return [f"evaluate.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
 
 
 def _promote(job: Job, options: argparse.Namespace) -> int:
@@ -161,7 +198,7 @@ def _promotion_options(parser: argparse.ArgumentParser) -> None:
 
 
 JOB_VERBS = {
-    "run": JobVerb("the whole job: generate, verify, label, select, distill, RL, compare, report", _report),
+    "run": JobVerb("the whole job: generate, verify, label, select, distill, RL, comparison, report", _report),
     "generate": JobVerb("complete training and selection prompts under every heuristic of the grid", _generate),
     "verify": JobVerb(
         "check that every candidate is there; exit status 1 if not",
@@ -188,8 +225,14 @@ JOB_VERBS = {
     ),
     "distill": JobVerb("teach the policy what won", _distill),
     "reinforce": JobVerb("improve the policy by RL (setting algorithm: grpo or ppo)", _reinforce),
-    "compare": JobVerb("compare the policies with static rules on held-out prompts", _compare),
-    "report": JobVerb("write report.html", _report),
+    "report": JobVerb("compare the policies with static rules on held-out prompts, and write report.html", _report),
+    "eval": JobVerb(
+        "policies and the grid of static rules on benchmarks; exit status 1 if a benchmark could not be run",
+        _evaluate,
+        _evaluation_options,
+        "--tasks gsm8k,ifeval --limit 100 --policy rl=runs/demo/policy",
+        _evaluation_overrides,
+    ),
     "promote": JobVerb(
         "put a policy in the incumbent's place if fresh prompts show that it is better; exit status 1 if not",
         _promote,

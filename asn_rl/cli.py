@@ -45,6 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add(
         verbs,
+        "compare",
+        "merge evaluations of several runs into one table and page",
+        "asn-rl compare runs/eval-a runs/eval-b --output leaderboard.html",
+        _compare,
+        lambda p: (
+            p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder that `asn-rl eval` made"),
+            p.add_argument("--output", type=Path, default=Path("leaderboard.html"), help="page to write"),
+        ),
+    )
+    _add(verbs, "benchmarks", "list the benchmarks that come along", "asn-rl benchmarks", _benchmarks, lambda p: None)
+    _add(
+        verbs,
         "grid",
         "write a grid of sampling pipelines as YAML",
         "asn-rl grid --kind filtered --family llama --output pipelines.yaml",
@@ -103,6 +115,24 @@ def _keys(options: argparse.Namespace) -> None:
     from asn_rl.job import JobConfig
 
     print(describe(JobConfig))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from asn_rl.analysis.evaluation_page import print_evaluation, write_evaluation_page
+    from asn_rl.evaluation.leaderboard import merge_records
+    from asn_rl.evaluation.record import read_record
+
+    record = merge_records({str(run): read_record(run / "evaluation.json") for run in options.runs})
+    print_evaluation(record)
+    print(f"page: {write_evaluation_page(record, options.output)}")
+
+
+def _benchmarks(options: argparse.Namespace) -> None:
+    from asn_rl.data.benchmark import benchmark_names, load_benchmark
+
+    for name in benchmark_names():
+        benchmark = load_benchmark(name)
+        print(f"{name:18s} {benchmark.title} ({benchmark.licence}; {benchmark.paper})")
 
 
 def _grid(options: argparse.Namespace) -> None:

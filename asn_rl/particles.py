@@ -21,6 +21,14 @@ from torch import Tensor
 
 from asn_rl.errors import DataError, InvalidValue, RewardError
 from asn_rl.ops.context import context_vector
+from asn_rl.ops.resampling import (
+    annealing_temperature,
+    effective_sample_size,
+    multinomial,
+    particle_weights,
+    systematic,
+    tempered,
+)
 from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens, invert_cdf
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
@@ -155,7 +163,7 @@ def particle_filter(
             if step + 1 == config.max_steps or all(particle.finished for particle in sets[p]):
                 continue
             draws = uniform_stream(seed, prompts[p].id, -1 - step, n)[:, 0]  # places of particles are 0 or more
-            survivors = resample(weights, draws, config, step)
+            survivors = _survivors(weights, draws, config, step)
             sets[p] = [replace(sets[p][i], ids=list(sets[p][i].ids)) for i in survivors]
         if all(particle.finished for particles in sets for particle in particles):
             break
@@ -211,49 +219,12 @@ def _step_ended(backend: LogitsBackend, particle: _Particle, start: int, config:
     return config.delimiter in backend.decode(particle.ids[start:])
 
 
-def particle_weights(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """(N,) softmax(logit(score) / temperature) of scores in (0, 1)."""
-    return _softmax((np.log(scores) - np.log1p(-scores)) / temperature)
-
-
-def effective_sample_size(weights: np.ndarray) -> float:
-    """1 / sum w^2 of normalised weights: N where all are equal, 1 where one particle has everything."""
-    return float(1 / np.square(weights).sum())
-
-
-def annealing_temperature(weights: np.ndarray, step: int, config: ParticleConfig) -> float:
-    """max(1, (1 - t / t_max) N / ESS) while the effective sample size is below its share of N and t below its share of
-    t_max, else 1; t = `step` counts from 0 (arXiv:2510.05825)."""
-    size, progress = effective_sample_size(weights), step / config.max_steps
-    if size >= config.ess_share * len(weights) or progress >= config.anneal_share:
-        return 1.0
-    return max(1.0, (1 - progress) * len(weights) / size)
-
-
-def resample(weights: np.ndarray, uniforms: np.ndarray, config: ParticleConfig, step: int) -> np.ndarray:
-    """(N,) indices of the particles that go on, in ascending order where the filter is entropic.
-
-    Multinomial, or, entropic, systematic (one draw for all, Kitagawa 1996) with weights w^(1 / T), renormalised. Either
-    way particle i is expected N w_i times.
-
-    Args:
-        uniforms: (N,) draws in [0, 1); systematic resampling uses the first.
-    """
+def _survivors(weights: np.ndarray, uniforms: np.ndarray, config: ParticleConfig, step: int) -> np.ndarray:
+    """(N,) particles that go on; annealed first where the filter is entropic."""
     if not config.entropic:
-        return _invert(weights, uniforms)
-    with np.errstate(divide="ignore"):  # a weight may underflow to 0
-        annealed = _softmax(np.log(weights) / annealing_temperature(weights, step, config))
-    return _invert(annealed, (np.arange(len(weights)) + uniforms[0]) / len(weights))
-
-
-def _invert(weights: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    rows = torch.from_numpy(weights).expand(len(levels), -1)
-    return invert_cdf(rows, torch.from_numpy(levels)).numpy()
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+        return multinomial(weights, uniforms)
+    heat = annealing_temperature(weights, step / config.max_steps, config.ess_share, config.anneal_share)
+    return systematic(tempered(weights, heat), float(uniforms[0]))
 
 
 def _scores(particles: Sequence[_Particle]) -> np.ndarray:

@@ -20,6 +20,7 @@ SOURCES = Registry(
         "jsonl": "asn_rl.data.jsonl:jsonl",
         "reasoning_gym": "asn_rl.data.procedural:reasoning_gym",
         "ifeval": "asn_rl.data.ifeval:ifeval",
+        "benchmark": "asn_rl.data.benchmark:benchmark",
     },
 )
 
@@ -29,7 +30,8 @@ class DataConfig:
     """Where prompts come from."""
 
     source: str = "mixture"
-    """prompt source: arithmetic, open_ended, mixture, union, jsonl, reasoning_gym, ifeval, or module:function"""
+    """prompt source: arithmetic, open_ended, mixture, union, jsonl, reasoning_gym, ifeval, benchmark, or
+    module:function"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the source, for example {path: prompts.jsonl}"""
     limit: int | None = None

@@ -1,6 +1,7 @@
 """The main job in one run folder: generate -> verify -> label -> select -> distil -> RL -> compare."""
 
 from asn_rl.job.config import CompareConfig, GenerateConfig, HeuristicSpec, JobConfig, PolicySpec
+from asn_rl.job.evaluation import evaluate
 from asn_rl.job.job import Job
 from asn_rl.job.labelling import fit_reward_model, generate, label, select, verify
 from asn_rl.job.learning import compare, distil, reinforce
@@ -16,6 +17,7 @@ __all__ = [
     "PolicySpec",
     "compare",
     "distil",
+    "evaluate",
     "fit_reward_model",
     "generate",
     "headroom",

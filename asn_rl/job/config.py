@@ -11,7 +11,8 @@ from asn_rl.backends import BackendConfig
 from asn_rl.backends.server_generation import Kind
 from asn_rl.backends.servers import ServersConfig
 from asn_rl.data import DataConfig
-from asn_rl.errors import ConfigError, InvalidValue, check_at_least
+from asn_rl.errors import InvalidValue, check_at_least
+from asn_rl.evaluation.benchmarking import EvaluateConfig
 from asn_rl.evaluation.promotion import PromotionConfig
 from asn_rl.labelling.select import SelectConfig
 from asn_rl.rewards.compose import RewardConfig
@@ -19,6 +20,7 @@ from asn_rl.rollout import RolloutConfig
 from asn_rl.training.bandit import BanditConfig
 from asn_rl.training.distill import DistillConfig
 from asn_rl.training.grpo import GRPOConfig
+from asn_rl.training.lpo import LPOConfig
 from asn_rl.training.ppo import PPOConfig
 
 DISTILLED, RL = "distilled", "rl"
@@ -139,8 +141,9 @@ class JobConfig:
     """policy folder that RL begins at instead"""
     reference: str | None = None
     """policy folder that the KL penalty holds to; null: where RL begins"""
-    algorithm: Literal["grpo", "ppo"] = "grpo"
-    """how RL estimates its gradient: settings in the section of the same name"""
+    algorithm: Literal["grpo", "ppo", "lpo"] = "grpo"
+    """grpo, ppo: RL on fresh completions, and how it estimates its gradient; lpo: preferences among the labelled
+    training candidates, by the rewards; settings in the section of the same name"""
     pipeline: str = "asn_policies:Pipeline"
     """class that makes a policy of a heuristic's processors"""
     mixture: str = "asn_policies:TokenStrategy"
@@ -156,7 +159,9 @@ class JobConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    lpo: LPOConfig = field(default_factory=LPOConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)
     threads: int | None = None
@@ -166,8 +171,6 @@ class JobConfig:
         check_heuristic_names([heuristic.name for heuristic in self.heuristics])
         if self.threads is not None and self.threads < 1:
             raise InvalidValue("threads", self.threads, ">= 1", "null takes all cores")
-        if not self.rewards:
-            raise ConfigError("rewards is empty; give at least one, for example [{function: numeric_answer}]")
 
 
 def check_heuristic_names(names: Sequence[str]) -> None:

@@ -42,7 +42,13 @@ class Job:
 
     @cached_property
     def rewards(self) -> RewardSuite:
-        return RewardSuite(self.config.rewards)
+        return RewardSuite(self._reward_configs)
+
+    @property
+    def _reward_configs(self) -> Sequence[RewardConfig]:
+        if not self.config.rewards:
+            raise ConfigError("rewards is empty; give at least one, for example [{function: numeric_answer}]")
+        return self.config.rewards
 
     @cached_property
     def heuristics(self) -> list[HeuristicSpec]:
@@ -84,8 +90,9 @@ class Job:
     @property
     def scorers(self) -> list[RewardConfig]:
         """Labellers, then the rewards that are none of them: what training candidates are scored by."""
-        labellers = list(self.config.labellers or self.config.rewards)
-        return labellers + [r for r in self.config.rewards if not any(map(r.scores_like, labellers))]
+        rewards = self._reward_configs
+        labellers = list(self.config.labellers or rewards)
+        return labellers + [r for r in rewards if not any(map(r.scores_like, labellers))]
 
     def prompts(self, split: str) -> list[Prompt]:
         return load_prompts(self.config.data, split)

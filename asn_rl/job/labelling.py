@@ -37,7 +37,8 @@ def prompts(job: Job) -> dict[str, list[Prompt]]:
     if not path.exists():
         found = {split: job.prompts_to_label(split) for split in SPLITS}
         for part in found.values():
-            job.strata(part)  # a missing column shows before hours of generation
+            job.strata(part)  # a missing column, and below missing rewards, show before hours of generation
+        assert job.scorers
         write_prompts(path, found)
     return read_prompts(path)
 
@@ -153,16 +154,22 @@ def labels_of(job: Job, split: str, candidates: CandidateStore) -> dict[str, lab
 
 def rewards_of(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:
     """(P, A, S) reward of each candidate, combined as training combines it; NaN: masked."""
-    configs, scorers = job.config.rewards, _scorers(job, split)
-    names = unique_names(scorers)
-    of_reward = [names[next(i for i, s in enumerate(scorers) if reward.scores_like(s))] for reward in configs]
+    configs, scores = job.config.rewards, reward_scores(job, split, labels)
     count, heuristics, samples = candidates.grid.shape
     groups = [prompt for prompt in candidates.grid.prompts for _ in range(samples)]
     totals = [
-        combined(configs, [torch.from_numpy(labels[name].scores[:, j].reshape(-1)) for name in of_reward], groups)
+        combined(configs, [torch.from_numpy(part[:, j].reshape(-1)) for part in scores], groups)
         for j in range(heuristics)
     ]
     return torch.stack(totals, 1).numpy().reshape(count, samples, heuristics).swapaxes(1, 2)
+
+
+def reward_scores(job: Job, split: str, labels: dict[str, labelling.Labels]) -> list[np.ndarray]:
+    """(P, A, S) raw scores of each reward, in the order of the configuration."""
+    scorers = _scorers(job, split)
+    names = unique_names(scorers)
+    places = [next(i for i, s in enumerate(scorers) if reward.scores_like(s)) for reward in job.config.rewards]
+    return [labels[names[place]].scores for place in places]
 
 
 def fit_reward_model(job: Job, labeller: str, folder: Path) -> RewardModelReport:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data.store import load_trajectories, save_trajectories
@@ -16,64 +18,88 @@ from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run
 from asn_rl.evaluation.controls import ShuffledContext
 from asn_rl.job.config import CONTROLS, DISTILLED, RL, CompareConfig
 from asn_rl.job.job import BASE, GREEDY, Job
-from asn_rl.job.labelling import prompts, select
+from asn_rl.job.labelling import label, labels_of, prompts, reward_scores, select
 from asn_rl.labelling.selected import read_selected, read_targets
+from asn_rl.labelling.store import read_candidates
 from asn_rl.metrics import MetricsLogger
+from asn_rl.ops.preference import Pairs, choose_pairs
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.replay import replay
+from asn_rl.rewards.compose import combined
 from asn_rl.runs import console, progress, write_json
-from asn_rl.training import grpo, ppo
+from asn_rl.training import grpo, lpo, ppo
 from asn_rl.training.distill import distill, sketch_targets
-from asn_rl.types import Prompt, Trajectories
+from asn_rl.types import Candidate, Prompt, Trajectories
 
 
 def distil(job: Job) -> TrainablePolicy:
-    """Teach the policy each training prompt's target (its winning heuristic, or a mixture of heuristics) on the states
-    of the selected candidates. Writes `distilled/`."""
+    """Teach the policy, on the states of the selected candidates, each training prompt's target (its winning heuristic,
+    or a mixture of heuristics) or the candidates' own tokens. Writes `distilled/`."""
     folder = job.run / DISTILLED
     if folder.exists():
         return load_policy(folder)
     select(job)
-    policy, names = job.new_policy(), [arm.name for arm in job.arms]
-    trajectories = _selected_trajectories(job, policy)
-    by_prompt = read_targets(job.run / "selected")
-    weights = torch.tensor([[by_prompt[p.id].get(name, 0.0) for name in names] for p in trajectories.prompts])
-    targets = sketch_targets([arm.policy for arm in job.arms], weights, trajectories)
+    policy = job.new_policy()
+    trajectories = _replayed(job, policy, read_selected(job.run / "selected"), job.run / "selected" / "trajectories")
+    targets, source = _targets(job, trajectories)
     with MetricsLogger(job.run / "distill") as log:
         figures = distill(policy, trajectories, targets, job.config.distill, log=log)
-    taught = sorted(names[i] for i in weights.sum(0).nonzero().squeeze(-1).tolist())
-    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {', '.join(taught)}.")
+    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {source}.")
     write_json(job.run / "distill" / "summary.json", dict(figures))
     return policy
 
 
-def _selected_trajectories(job: Job, policy: TrainablePolicy) -> Trajectories:
-    """The selected candidates, replayed once through the base model; kept in the run folder."""
-    folder = job.run / "selected" / "trajectories"
+def _targets(job: Job, trajectories: Trajectories) -> tuple[Tensor, str]:
+    """What each token teaches, as `distill` takes it, and where it comes from."""
+    if job.config.distill.target == "tokens":
+        return trajectories.points, f"the tokens of {len(trajectories)} candidates"
+    names, by_prompt = [arm.name for arm in job.arms], read_targets(job.run / "selected")
+    weights = torch.tensor([[by_prompt[p.id].get(name, 0.0) for name in names] for p in trajectories.prompts])
+    taught = sorted(names[i] for i in weights.sum(0).nonzero().squeeze(-1).tolist())
+    return sketch_targets([arm.policy for arm in job.arms], weights, trajectories), ", ".join(taught)
+
+
+def _replayed(job: Job, policy: Policy, candidates: Sequence[Candidate], folder: Path) -> Trajectories:
+    """Training candidates, replayed once through the base model with what `policy` reads; kept in `folder`."""
     if folder.exists():
         return load_trajectories(folder)
     by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
-    selected = read_selected(job.run / "selected")
-    textual = [candidate.key for candidate in selected if not candidate.completion_ids]
+    textual = [candidate.key for candidate in candidates if not candidate.completion_ids]
     if textual:
         raise DataError(
             f"candidate {textual[0]} has no token ids, so the states it visited cannot be recovered; generate with a "
             "kind of server that returns them"
         )
-    with console.status(f"replaying {len(selected)} selected candidates"):
+    with console.status(f"replaying {len(candidates)} candidates"):
         trajectories, _ = replay(
             policy,
             job.backend,
-            [by_id[candidate.prompt_id] for candidate in selected],
-            [list(candidate.completion_ids or ()) for candidate in selected],
+            [by_id[candidate.prompt_id] for candidate in candidates],
+            [list(candidate.completion_ids or ()) for candidate in candidates],
             job.config.rollout,
         )
     save_trajectories(folder, trajectories)
     return trajectories
 
 
+def _pairs(job: Job, policy: Policy, folder: Path) -> tuple[Trajectories, Pairs]:
+    """The better and the worse training candidate of each pair, one after the other; kept in `folder`. Rewards are
+    combined over all candidates of a prompt: heuristics are compared with each other."""
+    found, config = label(job)["train"], job.config.lpo
+    grid, labels = found.grid, labels_of(job, "train", found)
+    groups = [prompt for prompt in grid.prompts for _ in range(grid.size // len(grid.prompts))]
+    scores = [torch.from_numpy(part.reshape(-1)) for part in reward_scores(job, "train", labels)]
+    rewards = combined(job.config.rewards, scores, groups).reshape(len(grid.prompts), -1)
+    pairs = choose_pairs(rewards, config.group_size, config.seed)
+    ends = torch.stack([pairs.chosen, pairs.rejected], 1).flatten()
+    cells = torch.stack(torch.unravel_index(ends, grid.shape), 1).tolist()
+    candidates = read_candidates([found.location((i, j, k)) for i, j, k in cells])
+    places = torch.arange(len(ends)).reshape(-1, 2)
+    return _replayed(job, policy, candidates, folder), replace(pairs, chosen=places[:, 0], rejected=places[:, 1])
+
+
 def reinforce(job: Job) -> TrainablePolicy:
-    """RL against an older checkpoint. Writes `policy/` and `checkpoints/`."""
+    """RL, or preference optimisation, against an older checkpoint. Writes `policy/` and `checkpoints/`."""
     if (job.run / "policy").exists():
         return load_policy(job.run / "policy")
     start = _start(job)
@@ -97,7 +123,11 @@ def _start(job: Job) -> Path:
 
 
 def _train(job: Job, policy: TrainablePolicy, reference: Policy, run: Path) -> TrainablePolicy:
-    config, arguments = job.config, (job.backend, job.prompts("train"), job.rewards, job.config.rollout)
+    config = job.config
+    if config.algorithm == "lpo":
+        pairs = _pairs(job, policy, run / "pairs")
+        return lpo.train(policy, reference, *pairs, config.lpo, run, metadata=job.metadata)
+    arguments = (job.backend, job.prompts("train"), job.rewards, config.rollout)
     if config.algorithm == "ppo":
         return ppo.train(policy, reference, *arguments, config.ppo, run, metadata=job.metadata)
     return grpo.train(policy, reference, *arguments, config.grpo, run, metadata=job.metadata)

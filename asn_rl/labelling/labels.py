@@ -35,18 +35,31 @@ def label_chunk(suite: RewardSuite, name: str, chunk: Chunk) -> tuple[list[Recor
     Labellers that compare completions do so within a prompt and heuristic: the column `group` says so. Those that
     compare across heuristics (a tournament) go by `prompt_id`.
     """
-    rows = [(prompt, candidate) for prompt, places in chunk for candidate in read_candidates(places)]
-    prompts = [_grouped(prompt, candidate) for prompt, candidate in rows]
-    candidates = [candidate for _, candidate in rows]
-    scores, counts = suite.scores(
-        prompts,
-        [candidate.completion for candidate in candidates],
-        [candidate.completion_ids for candidate in candidates],
-        terminated=[candidate.terminated for candidate in candidates],
+    rows = [[(_grouped(prompt, c), c) for c in read_candidates(places)] for prompt, places in chunk]
+    values, counts = _scores(suite, rows)
+    candidates = [candidate for part in rows for _, candidate in part]
+    return [label_record(candidate, name, value) for candidate, value in zip(candidates, values, strict=True)], counts
+
+
+def _scores(
+    suite: RewardSuite, rows: Sequence[Sequence[tuple[Prompt, Candidate]]]
+) -> tuple[list[float | None], Counter[str]]:
+    """Scores of the candidates of some prompts. A call that raises is made again with half of the prompts each, so that
+    a candidate on which the labeller crashes masks its own prompt and no other."""
+    flat = [row for part in rows for row in part]
+    scores, events = suite.scores(
+        [prompt for prompt, _ in flat],
+        [candidate.completion for _, candidate in flat],
+        [candidate.completion_ids for _, candidate in flat],
+        terminated=[candidate.terminated for _, candidate in flat],
     )
-    (values,) = scores.values()
-    records = [label_record(candidate, name, value) for candidate, value in zip(candidates, values, strict=True)]
-    return records, counts
+    ((name, values),), counts = scores.items(), Counter(events)
+    failed = counts[f"{name}/error"] > 0 and all(value is None for value in values)
+    if not failed or len(rows) == 1:
+        return values, counts
+    counts[f"{name}/masked"] = 0
+    halves = [_scores(suite, part) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+    return [value for part, _ in halves for value in part], sum((more for _, more in halves), counts)
 
 
 def _grouped(prompt: Prompt, candidate: Candidate) -> Prompt:

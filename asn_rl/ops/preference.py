@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from asn_rl.errors import InvalidValue
+from asn_rl.errors import DataError, InvalidValue
 from asn_rl.ops.advantages import has_signal
 
 
@@ -54,6 +54,37 @@ def best_worst_pairs(rewards: Tensor) -> Pairs:
     )
 
 
+def choose_pairs(rewards: Tensor, group_size: int | None = None, seed: int = 0) -> Pairs:
+    """The best and the worst candidate of groups drawn at random; candidate c of prompt p has number p * n + c.
+
+    Which one of equal rewards is taken is random too: candidates lie in the order of their heuristics, and of rewards
+    of 0 and 1 the first heuristic would win most pairs.
+
+    Args:
+        rewards: (P, n), NaN where masked.
+        group_size: candidates in a group, each candidate in one at most; None: n.
+
+    Raises:
+        InvalidValue: a prompt has fewer candidates than a group, or one alone.
+        DataError: no group has two different rewards.
+    """
+    prompts, count = rewards.shape
+    size = count if group_size is None else group_size
+    if not 2 <= size <= count:
+        advice = "generate more, or lower group_size"
+        raise InvalidValue("group_size", size, f"in [2, {count}], the candidates of a prompt", advice)
+    order = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    order = order[:, : count // size * size]
+    pairs = best_worst_pairs(rewards.gather(-1, order).reshape(-1, size))
+    if not len(pairs.chosen):
+        raise DataError(
+            f"no candidates to prefer: in {pairs.tied} groups all rewards are equal, in {pairs.masked} fewer than two "
+            "are known; check the rewards, or generate more candidates"
+        )
+    numbers = (order + count * torch.arange(prompts).unsqueeze(-1)).flatten()
+    return Pairs(numbers[pairs.chosen], numbers[pairs.rejected], pairs.tied, pairs.masked)
+
+
 def separate_loss(gate_logprobs: Tensor, rows: Tensor, pairs: Pairs, beta: float) -> Tensor:
     """-log sigmoid(beta sum log P(tau_chosen) - beta sum log P(tau_rejected)), the paper's "separate" loss.
 
@@ -81,9 +112,14 @@ def latent_loss(logprobs: Tensor, ref_logprobs: Tensor, rows: Tensor, pairs: Pai
     return _preference(logprobs - ref_logprobs, rows, pairs, beta)
 
 
+def margins(values: Tensor, rows: Tensor, pairs: Pairs) -> Tensor:
+    """(P,) sum of the values (S,) of the chosen completion minus that of the rejected one."""
+    completions = int(torch.cat([rows, pairs.chosen, pairs.rejected]).max()) + 1
+    sums = values.new_zeros(completions).index_add(0, rows, values)
+    return sums[pairs.chosen] - sums[pairs.rejected]
+
+
 def _preference(values: Tensor, rows: Tensor, pairs: Pairs, beta: float) -> Tensor:
     if not beta > 0:
         raise InvalidValue("beta", beta, "> 0")
-    completions = int(torch.cat([rows, pairs.chosen, pairs.rejected]).max()) + 1
-    sums = values.new_zeros(completions).index_add(0, rows, values)
-    return F.softplus(-beta * (sums[pairs.chosen] - sums[pairs.rejected]))
+    return F.softplus(-beta * margins(values, rows, pairs))

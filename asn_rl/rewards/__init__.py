@@ -14,7 +14,9 @@ REWARDS = Registry(
     {
         "numeric_answer": "asn_rl.rewards.numeric:numeric_answer",
         "exact_answer": "asn_rl.rewards.numeric:exact_answer",
+        "extracted_answer": "asn_rl.rewards.extraction:extracted_answer",
         "math_answer": "asn_rl.rewards.math:math_answer",
+        "code_tests": "asn_rl.rewards.code:code_tests",
         "choice_answer": "asn_rl.rewards.structured:choice_answer",
         "json_schema": "asn_rl.rewards.structured:json_schema",
         "ifeval": "asn_rl.rewards.ifeval:ifeval",

@@ -14,6 +14,7 @@ from math_verify.errors import TimeoutException
 # and then every answer is wrong.
 ALARM_S = 2
 
+_BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed")  # "\$18.90" is an amount of money
 
 
@@ -26,7 +27,15 @@ def agree(gold: str, answer: str) -> bool | None:
     expected = _parse_gold(gold)
     if not expected:
         return None
+    if _last_base(gold) is not None and _last_base(answer) not in (None, _last_base(gold)):
+        return False
     return _any_equal(expected, _parse(answer))
+
+
+def _last_base(text: str) -> str | None:
+    """The base that the last number of a text is written in ("40_9", "40_{9}"); math-verify drops it."""
+    bases = _BASE.findall(text)
+    return bases[-1] if bases else None
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,13 @@
-"""Distillation: teach a policy the distribution of heuristics, on states that were visited.
+"""Distillation: teach a policy the distribution of heuristics, or the tokens of given text, on visited states.
 
-Loss: KL(target || policy) over points plus gamma times the mass leaked outside the target's support (the reference
-project's TruncatedLogitsLoss; `asn_rl.ops.losses.truncated_kl` names what was mended). Targets come from the stored
-sketches, or from the full logits by a probe of the rollout.
+Towards heuristics: KL(target || policy) over points plus gamma times the mass leaked outside the target's support (the
+reference project's TruncatedLogitsLoss; `asn_rl.ops.losses.truncated_kl` names what was mended). Targets come from the
+stored sketches, or from the full logits by a probe of the rollout.
+
+Towards tokens: -log pi(point of the token), as AutoDeco (arXiv:2510.26697) trains its soft heads. Over the vocabulary
+-log pi(token) is that plus -log(p(token) / p(point)) of the base model, which no policy changes: the gradients are the
+same. There is no leak term; it would pull a policy below the entropy of the text. Of the paper's code, leaving out 60 %
+of the tokens where greedy decoding is right and weighing tokens by pi(token) are not done.
 """
 
 from __future__ import annotations
@@ -11,12 +16,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asn_rl.errors import DataError, InvalidValue, TrainingError, check_at_least, check_positive
+from asn_rl.errors import InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
@@ -25,7 +30,7 @@ from asn_rl.placement import device_of
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
-from asn_rl.training.minibatches import whole_completions
+from asn_rl.training.minibatches import held_out_prompts, whole_completions
 from asn_rl.types import Observation, Trajectories
 from asn_rl.unroll import recorded_logprobs, unroll
 
@@ -34,6 +39,8 @@ from asn_rl.unroll import recorded_logprobs, unroll
 class DistillConfig:
     """Supervised warm start of a decoding policy."""
 
+    target: Literal["heuristics", "tokens"] = "heuristics"
+    """heuristics: the distributions of those that won on each prompt; tokens: the tokens of the selected candidates"""
     epochs: int = 20
     """passes over the recorded tokens"""
     minibatch_tokens: int = 1024
@@ -45,7 +52,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     gamma: float = 1.0
-    """weight of the probability mass leaked outside the target's support"""
+    """weight of the probability mass leaked outside the support of the heuristics; without part in target tokens"""
     holdout: float = 0.1
     """share of the prompts kept to measure the loss on"""
     seed: int = 0
@@ -112,20 +119,25 @@ def distill(
     log: MetricsLogger | None = None,
     weights: Tensor | None = None,
 ) -> Mapping[str, float]:
-    """Train `policy` in place towards `targets` (S, N) on the states of `trajectories`.
+    """Train `policy` in place towards `targets` on the states of `trajectories`.
 
     Args:
+        targets: (S, N) log-probs of the distributions to learn, or (S,) int64 points of the tokens to learn.
         weights: (S,) importance of each token; default all 1.
 
     Returns:
-        Held-out and training KL in nats a token, leak, and the seconds it took.
+        Held-out and training KL in nats a token, leak, and the seconds it took. The KL to a token is -log pi(point).
 
     Raises:
+        InvalidValue: targets of another shape.
         TrainingError: no trainable parameter received a gradient, or the loss is not finite.
     """
     begin = time.perf_counter()
-    if targets.shape != trajectories.observations.sketch.log_mass.shape:
-        raise InvalidValue("targets shape", tuple(targets.shape), "that of the sketches, (tokens, points)")
+    shape = trajectories.observations.sketch.log_mass.shape
+    if targets.shape not in (shape, shape[:1]):
+        raise InvalidValue(
+            "targets shape", tuple(targets.shape), "that of the sketches, (tokens, points), or (tokens,)"
+        )
     parameters = [p for p in policy.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be distilled into")
@@ -140,7 +152,7 @@ def distill(
 
     def loss_on(part: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = unroll(policy, moved, part.to(device)).logprobs
-        divergence, leak = truncated_kl(targets[part].to(device), logprobs, config.gamma)
+        divergence, leak = _losses(targets[part].to(device), logprobs, config.gamma)
         scale = (importance[part] / importance[part].sum()).to(device)
         return (divergence * scale).sum(), (leak * scale).sum()
 
@@ -169,6 +181,14 @@ def distill(
     return figures | {"time/distill": time.perf_counter() - begin}
 
 
+def _losses(targets: Tensor, logprobs: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """(S',) KL to the targets, and the (S',) leak."""
+    if targets.ndim == 2:
+        return truncated_kl(targets, logprobs, gamma)
+    divergence = -logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return divergence, torch.zeros_like(divergence)
+
+
 def _minibatches(
     policy: Policy, trajectories: Trajectories, tokens: Tensor, size: int, generator: torch.Generator
 ) -> Sequence[Tensor]:
@@ -180,12 +200,8 @@ def _minibatches(
 
 def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """Token indices to train on and to measure on; no prompt is in both."""
-    ids = sorted({prompt.id for prompt in trajectories.prompts})
-    count = round(config.holdout * len(ids))
-    held = set(np.random.default_rng(config.seed).permutation(ids)[:count].tolist())
+    held = held_out_prompts([prompt.id for prompt in trajectories.prompts], config.holdout, config.seed)
     is_held = torch.tensor([prompt.id in held for prompt in trajectories.prompts])[trajectories.rows]
-    if is_held.all():
-        raise DataError(f"holdout {config.holdout:g} leaves none of {len(ids)} prompts to train on; lower it")
     return (~is_held).nonzero().squeeze(-1), is_held.nonzero().squeeze(-1)
 
 

@@ -255,7 +255,7 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         """Take over what `state` gave; `folder` is for messages."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.beta = state["step"], state["beta"]
-        self.price = Price(**state["price"]) if "price" in state else self.price  # earlier checkpoints have none
+        self.price = Price(**state["price"])
         set_rng_state(state["rng"])
 
 

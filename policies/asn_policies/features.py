@@ -29,14 +29,14 @@ def input_projections(
     projection: int,
     *,
     allowed: Collection[str] = INPUTS,
-    normalised: Collection[str] = HIDDEN_STATES,
 ) -> nn.ModuleDict:
     """A linear map for each optional entry that a policy reads.
 
+    Hidden states are brought to mean 0 and deviation 1 first. A condition is of order one as it is; normalised, a
+    single number would become 0, and of two numbers only their order would be left.
+
     Args:
         inputs: names among `allowed`, each once.
-        normalised: entries brought to mean 0 and deviation 1 first. A condition is of order one as it is, and a
-            single number would not survive it.
 
     Raises:
         InvalidValue: an unknown or repeated entry, or one whose size is not given.
@@ -53,7 +53,7 @@ def input_projections(
     return nn.ModuleDict(
         {
             name: nn.Sequential(
-                nn.LayerNorm(sizes[name], elementwise_affine=False) if name in normalised else nn.Identity(),
+                nn.LayerNorm(sizes[name], elementwise_affine=False) if name in HIDDEN_STATES else nn.Identity(),
                 nn.Linear(sizes[name], projection),
             )
             for name in inputs

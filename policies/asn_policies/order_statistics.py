@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from asn_policies.base import PolicyModule
 from asn_policies.features import (
     GLOBAL_FEATURES,
-    INPUTS,
     global_features,
     input_projections,
     summary_inputs,
@@ -45,6 +44,9 @@ _STEEPNESS = 4.0
 
 class OrderStatisticsNetwork(PolicyModule):
     """Order-statistics policy.
+
+    The condition is read as it is given. Checkpoints of versions that normalised it have the same parameters and still
+    load, but were trained on other numbers: where they list "condition" in `inputs`, train them again.
 
     Args:
         width: hidden units of the summary network.
@@ -74,8 +76,7 @@ class OrderStatisticsNetwork(PolicyModule):
         self.needs = frozenset(inputs)
         self.hidden_size, self.condition_size = hidden_size, condition_size
         self.max_slope, self.hard_cut = max_slope, hard_cut
-        # Checkpoints expect every entry normalised: the condition must be one-hot or of several numbers.
-        self.projections = input_projections(inputs, hidden_size, condition_size, projection, normalised=INPUTS)
+        self.projections = input_projections(inputs, hidden_size, condition_size, projection)
         self.summary = summary_network(summary_size(inputs, projection), width)
         self.slope = nn.Linear(width, 1)
         self.margin = nn.Linear(width, 1 + len(POINT_FEATURES))

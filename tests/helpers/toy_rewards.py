@@ -40,3 +40,10 @@ def interrupt(prompts: list[str], completions: list[str], **columns: Any) -> lis
 
 
 calls = 0
+
+
+def crash_on(prompts: list[str], completions: list[str], *, prompt: str, **columns: Any) -> list[float | None]:
+    """1 for everything, unless one prompt is among them: then it raises."""
+    if prompt in prompts:
+        raise ZeroDivisionError(prompt)
+    return [1.0] * len(completions)

@@ -109,8 +109,9 @@ def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Comm
         ["policy={name: asn_policies:TokenStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
         ["policy={name: asn_policies:SequenceStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
         ["policy={name: asn_policies:TwoSlopeWarp, arguments: {width: 8}}", "algorithm=ppo"],
+        ["policy={name: asn_policies:TokenStrategy, arguments: {width: 8}}", "algorithm=lpo", "lpo={epochs: 2}"],
     ],
-    ids=["gate a token", "gate a completion", "warp by PPO"],
+    ids=["gate a token", "gate a completion", "warp by PPO", "gate by LPO"],
 )
 def test_a_policy_may_begin_at_its_own_start_and_meet_its_controls(
     folder: Path, asn_rl: Command, settings: list[str]
@@ -125,7 +126,7 @@ def test_a_policy_may_begin_at_its_own_start_and_meet_its_controls(
     assert not (folder / "run" / "distilled").exists()
     assert (folder / "run" / "start").exists()
     assert (folder / "run" / "report.html").exists()
-    assert asn_rl(*job("compare", "run", *own)).stdout.count("shuffled context") == 1
+    assert asn_rl(*job("report", "run", *own)).stdout.count("shuffled context") == 1
 
 
 def test_headroom_says_whether_adaptation_can_help(folder: Path, asn_rl: Command) -> None:
@@ -153,7 +154,7 @@ def test_a_policy_is_promoted_only_on_evidence(folder: Path, asn_rl: Command) ->
 
 def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> None:
     assert asn_rl(*job("run", "whole")).status == 0
-    for verb in ("generate", "verify", "label", "select", "distill", "reinforce", "compare"):
+    for verb in ("generate", "verify", "label", "select", "distill", "reinforce", "report"):
         assert asn_rl(*job(verb, "parts")).status == 0
     for name in ("selection.json", "selected/targets.jsonl", "comparison.json", "policy/model.safetensors"):
         assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes(), name
@@ -290,8 +291,8 @@ def test_a_module_in_the_working_folder_is_a_plug_in(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-STAGES = ("run", "generate", "verify", "label", "select", "distill", "reinforce", "compare", "report")
-VERBS = (*STAGES, "keys", "grid", "model", "train-reward-model", "index-corpus")
+STAGES = ("run", "generate", "verify", "label", "select", "distill", "reinforce", "report", "eval")
+VERBS = (*STAGES, "compare", "benchmarks", "keys", "grid", "model", "train-reward-model", "index-corpus")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asn_policies import OrderStatisticsNetwork, Pipeline, PolicyModule
+from asn_policies import OrderStatisticsNetwork, Pipeline, PolicyModule, TemperatureTopP
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import InvalidValue, TrainingError
@@ -18,7 +18,7 @@ from asn_rl.metrics import MetricsLogger, read_metrics
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import build_sketch, token_points
 from asn_rl.protocols import Policy
-from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.rollout import Probe, RolloutConfig, rollout
 from asn_rl.training.distill import DistillConfig, distill, full_logits_target, sketch_targets
 from asn_rl.types import Observation, Prompt, Trajectories
 
@@ -125,6 +125,67 @@ def test_distillation_on_the_real_model_moves_towards_the_rule(smollm: HFBackend
     assert figures["eval/distill_kl"] < 0.3 * float(before)
 
 
+# Tokens as targets
+
+
+def test_the_loss_of_tokens_is_that_of_the_vocabulary_up_to_what_lies_inside_points() -> None:
+    """-log pi(token) over the vocabulary, computed on raw logits, minus -log(p(token) / p(point)) of the base model."""
+    probes: dict[str, Probe] = {
+        "logits": lambda logits, sketch, points: logits,
+        "owner": lambda logits, sketch, points: token_points(logits, points),
+    }
+    coarse = RolloutConfig(max_new_tokens=8, head=4, tail=4)
+    run = rollout(Pipeline([]), ToyBackend.random(32, 0), PROMPTS, coarse, num_generations=2, probes=probes)
+    torch.manual_seed(0)
+    policy = TemperatureTopP(8, start_top_p=0.7)
+    nn.init.constant_(policy.temperature.bias, -0.5)
+    shift = policy.shift(run.per_token()).detach().double()
+    tokens = torch.tensor([token for ids in run.completion_ids for token in ids]).unsqueeze(-1)
+    warped = run.extras["logits"].double() + shift.gather(-1, run.extras["owner"])
+    whole = -torch.log_softmax(warped, -1).gather(-1, tokens)
+    p = torch.softmax(run.extras["logits"].double(), -1)
+    same = run.extras["owner"] == run.points.unsqueeze(-1)
+    inside = -(p.gather(-1, tokens) / torch.where(same, p, 0.0).sum(-1, keepdim=True)).log()
+    assert inside.max() > 0.1
+    still = replace(FAST, target="tokens", epochs=1, learning_rate=1e-12, holdout=0.0, minibatch_tokens=64)
+    found = distill(policy, run, run.points, still)["loss/distill_kl"]
+    assert found == pytest.approx((whole - inside).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.7), (1.5, 0.8)])
+def test_soft_heads_recover_a_temperature_and_top_p_from_samples(temperature: float, top_p: float) -> None:
+    """The soft cut at P begins to bite where the hard one removes: P comes out low by about 1 / sharpness."""
+    steps = [
+        {"name": "temperature", "params": {"temperature": temperature}},
+        {"name": "top_p", "params": {"top_p": top_p}},
+    ]
+    prompts = [Prompt(f"p{i}", f"w{i}") for i in range(1, 32)]
+    run = rollout(Pipeline(steps), ToyBackend.random(32, 0), prompts, ROLLOUT, num_generations=40)
+    torch.manual_seed(0)
+    policy = TemperatureTopP(8, start_top_p=0.9)
+    config = DistillConfig(target="tokens", epochs=12, minibatch_tokens=512, learning_rate=2e-2)
+    figures = distill(policy, run, run.points, config)
+    found = policy.warp_parameters(run.per_token()).detach()
+    mean, spread = found.mean(0), found.std(0)
+    assert mean[0].item() == pytest.approx(temperature, abs=0.05)
+    assert mean[1].item() == pytest.approx(top_p - 1 / policy.sharpness, abs=0.025)
+    assert spread.max() < 0.05
+    assert figures["eval/distill_leak"] == 0
+    assert figures["loss/distill_kl"] < -run.behaviour_logprobs.mean() + 0.03
+
+
+def test_tokens_of_the_real_model_teach_the_soft_heads(smollm: HFBackend) -> None:
+    prompts = [Prompt(f"p{i}", f"Name {thing}.") for i, thing in enumerate(("a bird", "a city", "a color", "a sport"))]
+    out = rollout(rule("temperature", temperature=0.3), smollm, prompts, RolloutConfig(8), num_generations=4)
+    torch.manual_seed(0)
+    policy = TemperatureTopP(8)
+    config = DistillConfig(target="tokens", epochs=15, minibatch_tokens=64, learning_rate=3e-2, holdout=0.25)
+    figures = distill(policy, out, out.points, config)
+    at_points = out.observations.sketch.log_mass.gather(-1, out.points.unsqueeze(-1))
+    assert figures["loss/distill_kl"] < -0.8 * at_points.mean()
+    assert policy.warp_parameters(out.per_token())[:, 0].mean() < 0.7
+
+
 def test_same_seed_same_weights() -> None:
     trajectories = visited()
     targets = sketch_targets([RULES["top-p"]], torch.ones(len(trajectories), 1), trajectories)
@@ -198,8 +259,9 @@ class TestRefusals:
 
     def test_targets_of_another_shape(self) -> None:
         trajectories = visited()
-        with pytest.raises(InvalidValue, match="targets shape"):
-            distill(small(), trajectories, trajectories.observations.sketch.log_mass[:, :-1], FAST)
+        for wrong in (trajectories.observations.sketch.log_mass[:, :-1], trajectories.points[:-1]):
+            with pytest.raises(InvalidValue, match="targets shape"):
+                distill(small(), trajectories, wrong, FAST)
 
     def test_a_policy_that_cuts_hard_cannot_be_trained(self) -> None:
         trajectories = visited()

@@ -54,7 +54,7 @@ def test_observations_lie_in_the_space(logits: Tensor):
     context = context_vector(sketch, counts, counts, counts * 1e3, counts * 1e3)
     obs = as_dict(Observation(sketch, context))
     flat = {name: value.reshape(-1, *value.shape[len(logits.shape) - 1 :]).numpy() for name, value in obs.items()}
-    space = observation_space(size)
+    space = observation_space(size.points)
     for row in range(len(flat["points"])):
         assert space.contains({name: value[row] for name, value in flat.items()})
     nonempty = obs["points"][..., -1] == 1
@@ -63,7 +63,7 @@ def test_observations_lie_in_the_space(logits: Tensor):
 
 
 def test_bounds_are_finite():
-    for space in observation_space(SketchSize(8, 4)).values():
+    for space in observation_space(12).values():
         assert isinstance(space, Box)
         assert np.isfinite(space.low).all()
         assert np.isfinite(space.high).all()

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from asn_envs.decoding import DecodingEnv
 from asn_envs.vector import DecodingVectorEnv
+from asn_policies import Pipeline
 from asn_rl.backends.toy import ToyBackend, ToySession
 from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.ops.sketch import invert_cdf
+from asn_rl.replay import replay
 from asn_rl.rollout import RolloutConfig, rollout, uniform_stream
 from asn_rl.types import Observation, PolicyOutput, State
 
@@ -273,6 +275,53 @@ def test_a_policy_acts_here_as_in_a_rollout(ending: ToyBackend):
     assert tokens == [list(part) for part in expected.completion_ids]
     got = torch.stack([context for row in contexts for context in row])
     torch.testing.assert_close(got, expected.observations.context, atol=0, rtol=0)
+    assert policy(env.observation()).logprobs[:, 0].isfinite().all()  # also after the end
+
+
+@pytest.mark.parametrize(("base_model", "layers"), [("ending", ()), ("smollm", (10, 20))])
+def test_what_text_and_earlier_layers_say_is_seen_as_by_a_policy_that_replays_it(
+    base_model: str, layers: tuple[int, ...], request: pytest.FixtureRequest
+):
+    """Rows begin again while others go on, so each has a past of its own; short tables forget."""
+    backend, needs = request.getfixturevalue(base_model), ["history", *(["layer_logprobs"] if layers else [])]
+    config = RolloutConfig(max_new_tokens=7, head=12, tail=6, tracked=3, layers=layers)
+    sizes: dict[str, Any] = {"max_new_tokens": 7, "head": 12, "tail": 6, "tracked": 3, "layers": layers}
+    env = make(backend, "Disabled", num_envs=3, output="torch", needs=needs, **sizes)
+    ids, episodes = [row["id"] for row in PROMPTS[:3]], 2 if layers else 4  # of a row
+    obs, _ = env.reset(seed=0, options={"prompt_id": ids})
+    assert obs["points"].shape == env.observation_space["points"].shape == (3, 21, 6)
+    seen: list[Observation] = []
+    texts: list[list[list[int]]] = [[[]] for _ in ids]
+    places: list[tuple[int, int]] = []
+    while env.active.any():
+        now = env.observation()
+        assert now.history is not None
+        # Every other time what was said most; row 1 takes second choices in between.
+        points = now.history[..., 0].argmax(-1) if len(seen) % 2 else torch.arange(3) % 2
+        moved = env.active.nonzero()[0].tolist()
+        *_, infos = env.step(points)
+        for row in moved:
+            seen.append(now.index(slice(row, row + 1)))
+            places.append((row, len(texts[row]) - 1))
+            texts[row][-1].append(int(infos["token_id"][row]))
+        again = np.array([not env.active[i] and len(texts[i]) < episodes for i in range(3)])
+        if again.any():
+            env.reset(options={"reset_mask": again, "prompt_id": ids})
+            for row in again.nonzero()[0]:
+                texts[row].append([])
+    rules: list[dict[str, Any]] = [{"name": "repetition_penalty", "params": {"penalty": 1.8}}]
+    policy = Pipeline([*rules, *([{"name": "layer_contrast", "params": {}}] if layers else [])])
+    flat = [(row, episode) for row in range(3) for episode in range(len(texts[row]))]
+    whole = [texts[row][episode] for row, episode in flat]
+    expected = replay(policy, backend, [env.task.prompts[row] for row, _ in flat], whole, config)[0].observations
+    order = sorted(range(len(seen)), key=lambda i: (flat.index(places[i]), i))
+    assert expected.history is not None
+    assert expected.history[..., 0].max() > 1
+    for name in needs:
+        got = torch.cat([getattr(seen[i], name) for i in order])
+        torch.testing.assert_close(got, getattr(expected, name), atol=2e-3, rtol=1e-3)
+    mass = torch.cat([seen[i].sketch.log_mass for i in order]).exp()
+    torch.testing.assert_close(mass, expected.sketch.log_mass.exp(), atol=1e-4, rtol=1e-3)
     assert policy(env.observation()).logprobs[:, 0].isfinite().all()  # also after the end
 
 

@@ -20,7 +20,7 @@ from asn_rl.errors import DataError, InvalidValue
 from asn_rl.labelling.generate import InProcess, generate
 from asn_rl.labelling.grid import Grid
 from asn_rl.labelling.labels import label, read_labels
-from asn_rl.labelling.records import ShardWriter, candidate_record, read_prompts, shards, write_prompts
+from asn_rl.labelling.records import ShardWriter, candidate_record, folder_name, read_prompts, shards, write_prompts
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.labelling.verify import verify
 from asn_rl.rewards.compose import RewardConfig, RewardSuite, score
@@ -255,6 +255,18 @@ def test_masked_labels_stay_masked(whole: CandidateStore, tmp_path: Path) -> Non
     assert np.isnan(labels.scores[0]).all()
     assert not np.isnan(labels.scores[1:]).any()
     assert counts["numeric_answer"]["numeric_answer/masked"] == 9
+
+
+def test_a_labeller_that_crashes_on_one_prompt_masks_that_one_only(whole: CandidateStore, tmp_path: Path) -> None:
+    config = RewardConfig("toy_rewards:crash_on", arguments={"prompt": PROMPTS[1].content})
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+        counts = label([config], whole, BY_ID, tmp_path)
+    scores = read_labels(tmp_path / folder_name(config.function), config.function, whole.grid).scores
+    assert np.isnan(scores[1]).all()
+    assert (np.delete(scores, 1, 0) == 1).all()
+    masked = scores[1].size
+    assert counts[config.function][f"{config.function}/masked"] == masked
+    assert counts[config.function][f"{config.function}/error"] >= 1
 
 
 def test_a_column_that_only_other_prompts_have_is_none(whole: CandidateStore, tmp_path: Path, monkeypatch) -> None:

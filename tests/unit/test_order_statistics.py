@@ -112,6 +112,26 @@ def test_gradients_reach_every_parameter_once_the_zero_layers_have_moved() -> No
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_a_condition_of_one_number_is_learned_from() -> None:
+    """Cross-entropy on T = 0.5 where the number is -1 and on T = 2 where it is 1: after training it decides."""
+    torch.manual_seed(0)
+    policy = OrderStatisticsNetwork(width=8, point_width=4, inputs=["condition"], condition_size=1)
+    base = observe(torch.cat([LOGITS, LOGITS]))
+    sign = torch.tensor([[-1.0], [1.0]]).repeat_interleave(len(LOGITS), 0)
+    told = Observation(base.sketch, base.context, condition=sign)
+    heat = torch.where(sign < 0, 0.5, 2.0)
+    target = torch.softmax(torch.cat([LOGITS, LOGITS]).sort(-1, descending=True).values / heat, -1)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (-(target * policy(told).logprobs[:, :40]).sum(-1).mean()).backward()
+        optimizer.step()
+    weight = dict(policy.named_parameters())["projections.condition.1.weight"]
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
+    assert (policy(told).logprobs[:, :40].exp() - target).abs().sum(-1).max() < 0.15
+
+
 @pytest.mark.parametrize("inputs", [["hidden"], ["nonsense"], ["condition"]])
 def test_inputs_without_a_size_are_refused(inputs: list[str]) -> None:
     with pytest.raises(InvalidValue, match=inputs[0]):

@@ -13,15 +13,8 @@ from asn_policies import Pipeline
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import DataError, InvalidValue, RewardError
-from asn_rl.particles import (
-    ParticleConfig,
-    ParticleSet,
-    annealing_temperature,
-    effective_sample_size,
-    particle_filter,
-    particle_weights,
-    resample,
-)
+from asn_rl.ops.resampling import particle_weights
+from asn_rl.particles import ParticleConfig, ParticleSet, particle_filter
 from asn_rl.rewards.step_scorers import RIGHT, UNINFORMATIVE, WRONG, arithmetic_chain, corrupted
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import Prompt
@@ -47,67 +40,6 @@ def endless() -> ToyBackend:
     table = ToyBackend.random(vocab=5, seed=3, scale=1.0).table.clone()
     table[:, 0] = -math.inf
     return ToyBackend(table)
-
-
-# Weights and resampling
-
-
-def test_weights_are_powers_of_the_odds():
-    np.testing.assert_allclose(particle_weights(np.array([0.9, 0.5])), [0.9, 0.1])
-    np.testing.assert_allclose(particle_weights(np.array([0.9, 0.5]), temperature=0.5), [81 / 82, 1 / 82])
-    np.testing.assert_allclose(particle_weights(np.array([0.2, 0.2, 0.2])), [1 / 3] * 3)
-
-
-def test_the_effective_sample_size_of_k_equal_weights_is_k():
-    for k in (1, 2, 5):
-        assert effective_sample_size(np.array([1 / k] * k + [0.0] * (5 - k))) == pytest.approx(k)
-    assert effective_sample_size(np.array([0.5, 0.25, 0.25])) == pytest.approx(8 / 3)
-
-
-def test_the_annealing_temperature_at_hand_values():
-    config = ParticleConfig(max_steps=8, entropic=True)
-    skewed = np.array([0.8, 0.2, 0.0, 0.0])  # effective sample size 1 / 0.68, a share of 0.37
-    assert annealing_temperature(skewed, 0, config) == pytest.approx(4 * 0.68)
-    assert annealing_temperature(skewed, 2, config) == pytest.approx(0.75 * 4 * 0.68)
-    assert annealing_temperature(skewed, 3, config) == pytest.approx(0.625 * 4 * 0.68)
-    assert annealing_temperature(skewed, 4, config) == 1, "half of the steps are over"
-    assert annealing_temperature(np.array([0.5, 0.5, 0.0, 0.0]), 0, config) == 1, "half of the particles count"
-    late = ParticleConfig(max_steps=8, entropic=True, anneal_share=1.0)
-    assert annealing_temperature(skewed, 6, late) == 1, "never sharpens: 0.25 * 2.72 < 1"
-
-
-def test_multinomial_resampling_is_unbiased():
-    weights, runs = np.array([0.1, 0.2, 0.3, 0.4]), 4000
-    draws = np.random.default_rng(0).random((runs, 4))
-    counts = np.array([np.bincount(resample(weights, row, ONE_TOKEN, 0), minlength=4) for row in draws])
-    error = np.sqrt(4 * weights * (1 - weights) / runs)
-    assert (np.abs(counts.mean(0) - 4 * weights) < 4 * error).all()
-    np.testing.assert_allclose(counts.var(0), 4 * weights * (1 - weights), rtol=0.1)
-
-
-def test_systematic_resampling_is_unbiased_and_rounds_the_expected_counts():
-    weights, runs = np.array([0.14, 0.2, 0.3, 0.36]), 4000
-    config = ParticleConfig(entropic=True, ess_share=0)  # never annealed
-    levels = (np.arange(runs) + 0.5) / runs
-    counts = np.array([np.bincount(resample(weights, np.full(4, u), config, 0), minlength=4) for u in levels])
-    assert (np.abs(counts - 4 * weights) < 1).all()
-    np.testing.assert_allclose(counts.mean(0), 4 * weights, atol=1e-3)
-
-
-def test_annealed_weights_are_flattened_before_they_are_resampled():
-    weights, config = np.array([0.97, 0.01, 0.01, 0.01]), ParticleConfig(entropic=True, max_steps=8)
-    heat = annealing_temperature(weights, 0, config)
-    expected = weights ** (1 / heat) / (weights ** (1 / heat)).sum()
-    levels = (np.arange(4000) + 0.5) / 4000
-    counts = [np.bincount(resample(weights, np.full(4, u), config, 0), minlength=4) for u in levels]
-    np.testing.assert_allclose(np.mean(counts, 0), 4 * expected, atol=2e-3)
-    assert expected[0] < 0.6
-
-
-def test_a_weight_of_zero_is_never_drawn():
-    for config in (ONE_TOKEN, ParticleConfig(entropic=True)):
-        for u in (0.0, 0.5, 1 - 1e-16):
-            assert set(resample(np.array([0.0, 1.0, 0.0]), np.full(3, u), config, 0)) == {1}
 
 
 # The filter, against enumeration
@@ -154,6 +86,21 @@ def test_scores_tilt_the_distribution_by_the_product_of_their_odds(endless: ToyB
     found = particle_filter(BASE, endless, PROMPTS[:1], by_odds(lambda words: odds[words[-1]]), config)[0]
     expected = enumerated(endless, "w1", lambda pair: math.sqrt(odds[pair[0]] * odds[pair[1]]))
     close(distribution(found), expected, n)
+
+
+def test_entropic_weights_are_annealed_before_they_are_resampled(endless: ToyBackend):
+    """At the first of two steps the temperature is N over the effective sample size, known from the base model."""
+    n = 6000
+    odds = {"w1": 0.05, "w2": 1.0, "w3": 0.05, "w4": 6.0}
+    config = ParticleConfig(
+        particles=n, delimiter="", step_tokens=1, max_steps=2, entropic=True, ess_share=1.0, anneal_share=0.5, **SIZE
+    )
+    chance = endless.table[endless.ids["w1"]].double().softmax(-1)[1:].numpy()
+    values = np.array([odds[word] for word in endless.words[1:]])
+    heat = float(chance @ values**2 / (chance @ values) ** 2)
+    assert heat > 1.5
+    found = particle_filter(BASE, endless, PROMPTS[:1], by_odds(lambda words: odds[words[-1]]), config)[0]
+    close(distribution(found), enumerated(endless, "w1", lambda pair: odds[pair[0]] ** (1 / heat) * odds[pair[1]]), n)
 
 
 def test_an_exact_lookahead_score_gives_the_tilted_distribution_of_whole_completions(endless: ToyBackend):

@@ -34,6 +34,10 @@ def ask(verifier: MathVerifier, gold: str, text: str) -> bool | None:
         ("$x^2+1$", "$1+x^2$", True),
         ("\\$18.90", "It costs $18.90$", True),
         ("1,234", "1234", True),
+        ("40_9", "\\boxed{40_9}", True),
+        ("40_9", "\\boxed{40_{9}}", True),
+        ("40_9", "\\boxed{40}", True),
+        ("40_9", "\\boxed{40_6}", False),
         ("(3, \\frac{\\pi}{2})", "\\boxed{\\left(3,\\frac{\\pi}{2}\\right)}", True),
     ],
 )

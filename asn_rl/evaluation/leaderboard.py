@@ -1,0 +1,166 @@
+"""Several records as one, and the arms ranked over all tasks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from asn_rl.errors import DataError
+from asn_rl.evaluation.off_policy import Resampling
+from asn_rl.evaluation.record import Record, as_plain, check_record, differences, values_of, with_differences
+from asn_rl.evaluation.statistics import bootstrap
+
+_AGREE = ("version", "fingerprint", "split", "limits", "primary", "level", "prompts", "strata")
+
+
+def merge_records(records: Mapping[str, Record]) -> Record:
+    """One record of several runs. Every arm is compared anew with one baseline a task, that of the first run that has
+    the task, on the same prompts and all at once.
+
+    An arm that several runs have with the same figures stays one arm; where its figures differ, each carries its run's
+    name in brackets.
+
+    Args:
+        records: run name -> record.
+
+    Raises:
+        DataError: no records, a damaged one, or two of different base models, benchmark versions, limits or prompts.
+    """
+    if not records:
+        raise DataError("there are no evaluations to merge; name one run at least")
+    for run, record in records.items():
+        check_record(record, run)
+    first = next(iter(records))
+    for run, record in records.items():
+        if record["base_model"] != records[first]["base_model"]:
+            raise DataError(
+                f"{first} and {run} cannot be merged: base model {records[first]['base_model']!r} against "
+                f"{record['base_model']!r}; compare runs of one base model"
+            )
+    tasks: dict[str, dict[str, Record]] = defaultdict(dict)
+    for run, record in records.items():
+        for name, task in record["tasks"].items():
+            tasks[name][run] = task
+    merged = {name: _merged_task(name, runs) for name, runs in tasks.items()}
+    left_out = {name: why for record in records.values() for name, why in record["left_out"].items()}
+    return {**records[first], "tasks": merged, "left_out": left_out}
+
+
+def _merged_task(name: str, runs: Mapping[str, Record]) -> Record:
+    first = next(iter(runs))
+    task = runs[first]
+    for run, other in runs.items():
+        _check_same(name, (first, task), (run, other))
+    named = _arm_names(runs)
+    baseline = named[first, task["baseline"]]
+    notes = [f"{run}: {note}" if len(runs) > 1 else note for run, other in runs.items() for note in other["notes"]]
+    arms: dict[str, Record] = {}
+    for run, other in runs.items():
+        for arm, entry in other["arms"].items():
+            kept = arms.setdefault(named[run, arm], {**entry, "run": entry["run"] or run})
+            kept["metrics"] = {**entry["metrics"], **kept["metrics"]}
+        if named[run, other["baseline"]] != baseline:
+            notes.append(
+                f"{run} was compared with {other['baseline']}; here all arms are compared with {baseline}, and what it "
+                "says of training seeds is left out"
+            )
+            for arm in other["arms"]:
+                arms[named[run, arm]].pop("seeds", None)
+    metrics = list(dict.fromkeys(metric for other in runs.values() for metric in other["metrics"]))
+    together = {**task, "metrics": metrics, "baseline": baseline, "notes": notes, "arms": arms}
+    return with_differences(together) if len(runs) > 1 else together
+
+
+def _check_same(name: str, one: tuple[str, Record], other: tuple[str, Record]) -> None:
+    for key in _AGREE:
+        mine, theirs = one[1][key], other[1][key]
+        if mine != theirs:
+            if isinstance(mine, list):
+                mine, theirs = (f"{len(part)} of them" for part in (mine, theirs))
+            raise DataError(
+                f"{one[0]} and {other[0]} cannot be merged: task {name}, {key} {mine!r} against {theirs!r}; evaluate "
+                "one of them again with the other's"
+            )
+
+
+def _arm_names(runs: Mapping[str, Record]) -> dict[tuple[str, str], str]:
+    """(run, arm) -> the arm's name among all runs."""
+    holders: dict[str, list[str]] = defaultdict(list)
+    for run, task in runs.items():
+        for arm in task["arms"]:
+            holders[arm].append(run)
+    named = {}
+    for arm, among in holders.items():
+        same = all(_same(runs[among[0]]["arms"][arm], runs[run]["arms"][arm]) for run in among)
+        for run in among:
+            named[run, arm] = arm if same else f"{arm} ({run})"
+    return named
+
+
+def _same(one: Record, other: Record) -> bool:
+    """Two entries of one arm: the same figures wherever both have some."""
+    shared = set(one["metrics"]) & set(other["metrics"])
+    return all(one[key] == other[key] for key in ("kind", "samples", "values")) and all(
+        one["metrics"][name] == other["metrics"][name] for name in shared
+    )
+
+
+def leaderboard(record: Record) -> list[dict[str, Any]]:
+    """One row an arm, the highest mean over tasks first; tasks weigh the same.
+
+    Keys: `arm`, `kind`, `run`, `tasks` (name -> mean, low, high of the primary metric, None where the arm was not run
+    on the task), and for arms that have all tasks, where these share a primary metric, `overall` (mean, low, high) and
+    `difference` (mean, low, high, p_holm; to the baseline of each task, intervals that hold together). Else they are
+    None and the arm stands below.
+    """
+    tasks = record["tasks"]
+    names = list(dict.fromkeys(arm for task in tasks.values() for arm in task["arms"]))
+    whole = [name for name in names if all(name in task["arms"] for task in tasks.values())]
+    if len({task["primary"] for task in tasks.values()}) != 1:
+        whole = []
+    overall, gaps = _over_tasks(list(tasks.values()), whole)
+    rows = []
+    for name in names:
+        entries = {task: part["arms"].get(name) for task, part in tasks.items()}
+        known = next(entry for entry in entries.values() if entry)
+        rows.append(
+            {
+                "arm": name,
+                "kind": known["kind"],
+                "run": known["run"],
+                "tasks": {
+                    task: entry["metrics"][tasks[task]["primary"]] if entry else None for task, entry in entries.items()
+                },
+                "overall": overall.get(name),
+                "difference": gaps.get(name),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["overall"]["mean"] if row["overall"] else np.inf)
+
+
+def _over_tasks(tasks: Sequence[Record], arms: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not arms:
+        return {}, {}
+    how = Resampling(tasks[0]["resamples"], tasks[0]["level"], tasks[0]["seed"])
+    strata = [f"{i} {label}" for i, task in enumerate(tasks) for label in task["strata"]]
+    counts = [len(set(task["strata"])) for task in tasks]
+    # Means are taken over all strata alike; these factors make them means over tasks.
+    factors = [sum(counts) / (len(tasks) * count) for count in counts]
+
+    def joined(pick: Any) -> np.ndarray:
+        return np.concatenate([f * values_of(task["arms"][pick(task)]) for f, task in zip(factors, tasks, strict=True)])
+
+    labels = np.asarray(strata)
+    values = {arm: joined(lambda task, arm=arm: arm) for arm in arms}
+    known = [
+        arm for arm in arms if all((~np.isnan(values[arm][labels == label])).any() for label in dict.fromkeys(strata))
+    ]
+    options = {"resamples": how.resamples, "level": how.level, "seed": how.seed}
+    overall = {arm: as_plain(bootstrap(values[arm], strata, **options)) for arm in known}
+    baselines = {task["baseline"] for task in tasks}
+    anchor = joined(lambda task: task["baseline"])
+    gaps = {arm: values[arm] - anchor for arm in known if baselines != {arm}}
+    return overall, differences(gaps, strata, how)[0] if gaps else {}

@@ -1,0 +1,169 @@
+"""Benchmarks as the labelling pipeline runs them: prompts, completions of every arm in mixed batches, scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from asn_rl.backends import load_backend
+from asn_rl.checkpoint import check_compatible, load_policy
+from asn_rl.data.benchmark import Benchmark, benchmark_prompts, load_benchmark
+from asn_rl.errors import AsnError, CheckpointError, DataError
+from asn_rl.evaluation.comparison import Arm
+from asn_rl.job.config import DISTILLED, RL
+from asn_rl.job.job import Job
+from asn_rl.labelling import generate as generating
+from asn_rl.labelling import labels as labelling
+from asn_rl.labelling.grid import Grid
+from asn_rl.labelling.records import write_prompts
+from asn_rl.labelling.store import CandidateStore, read_candidates
+from asn_rl.protocols import LogitsBackend
+from asn_rl.rewards.compose import RewardConfig, unique_names
+from asn_rl.rollout import RolloutConfig, encoded_prompts
+from asn_rl.runs import console
+from asn_rl.types import Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark that can be run."""
+
+    name: str
+    benchmark: Benchmark
+    prompts: Mapping[str, list[Prompt]]
+    """by split: selection, test"""
+    backend: LogitsBackend
+    rollout: RolloutConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Scored:
+    """P prompts under A arms with S samples, and what was counted meanwhile."""
+
+    prompts: list[Prompt]
+    scores: dict[str, np.ndarray]
+    """(P, A, S) by verifier, then by scorer; NaN: masked"""
+    tokens: np.ndarray
+    truncated: np.ndarray
+    texts: list[list[list[str]]]
+    events: dict[str, int]
+    """by "verifier: event" """
+
+
+def learned_arms(job: Job) -> list[Arm]:
+    """What `evaluate.policies` names, then what this run folder has learned."""
+    own = {name: job.run / folder for name, folder in ((DISTILLED, DISTILLED), (RL, "policy"))}
+    named: dict[str, list[Path]] = {
+        name: [Path(f) for f in given] for name, given in job.config.evaluate.policies.items()
+    }
+    named |= {name: [folder] for name, folder in own.items() if folder.exists() and name not in named}
+    size = {"head": job.config.rollout.head, "tail": job.config.rollout.tail}
+    arms = []
+    for name, folders in named.items():
+        for i, folder in enumerate(folders):
+            spec = check_compatible(folder, fingerprint=job.backend.fingerprint)
+            if spec.sketch not in (None, size):
+                raise CheckpointError(
+                    f"the policy in {folder} was trained on sketches of {spec.sketch}, rollout asks for {size}; set "
+                    "rollout.head and rollout.tail to its own"
+                )
+            arms.append(Arm(seed_name(name, i) if len(folders) > 1 else name, load_policy(folder)))
+    return arms
+
+
+def seed_name(name: str, seed: int) -> str:
+    return f"{name} {seed}"
+
+
+def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
+    """The benchmarks that can be run, and why the others cannot: known before hours of generation."""
+    ready, left_out = [], {}
+    for name in job.config.evaluate.tasks:
+        try:
+            ready.append(_task(job, load_benchmark(name)))
+        except AsnError as error:
+            left_out[name] = str(error)
+            console.print(f"[yellow]left out[/] {name}: {error}", highlight=False)
+    if not ready:
+        raise DataError("no benchmark can be run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    return ready, left_out
+
+
+def _task(job: Job, benchmark: Benchmark) -> Task:
+    config = job.config.evaluate
+    prompts = {
+        split: benchmark_prompts(benchmark, split, config.data, config.limit, verify_checksums=config.verify_checksums)
+        for split in ("selection", "test")
+    }
+    chat = benchmark.prompt.form == "chat"
+    backend = load_backend(replace(job.config.backend, chat_template=chat, system_prompt=None, examples=()))
+    limits = replace(
+        job.config.rollout,
+        max_new_tokens=config.max_new_tokens or benchmark.max_new_tokens,
+        stop=benchmark.stop,
+    )
+    for part in prompts.values():
+        encoded_prompts(backend, part, limits.max_new_tokens)  # one that is too long shows now
+    return Task(benchmark.name, benchmark, prompts, backend, limits, job.run / "evaluation" / benchmark.name)
+
+
+def run_prompts(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Sequence[Arm]) -> Scored:
+    """Completions of some prompts under all arms in mixed batches, scored by the benchmark's verifiers."""
+    config, folder = job.config.evaluate, task.folder / name
+    by_id = {prompt.id: prompt for prompt in prompts}
+    grid = Grid(tuple(by_id), tuple(arm.name for arm in arms), config.seeds)
+    policies = {arm.name: arm.policy for arm in arms}
+    fixed = [arm.name for arm in arms if arm.deterministic]
+    source = generating.InProcess(task.backend, policies, by_id, task.rollout, fixed)
+    generating.generate(CandidateStore(grid, folder / "candidates"), source, folder / "candidates")
+    write_prompts(folder / "prompts.jsonl", {name: prompts})
+    store = CandidateStore(grid, folder / "candidates")
+    verifiers = [RewardConfig(v.function, arguments=dict(v.arguments)) for v in task.benchmark.verifiers]
+    configs = [*verifiers, *config.scorers]
+    labelling.label(configs, store, by_id, folder / "labels")
+    places = [folder / "labels" / labelling.folder_name(label) for label in unique_names(configs)]
+    labels = [
+        labelling.read_labels(place, label, grid).scores
+        for place, label in zip(places, unique_names(configs), strict=True)
+    ]
+    names = [*(v.name for v in task.benchmark.verifiers), *unique_names(config.scorers)]
+    candidates = iter(read_candidates([store.location(cell) for cell in np.ndindex(grid.shape)]))
+    cells = [[[next(candidates) for _ in grid.seeds] for _ in arms] for _ in prompts]
+    return Scored(
+        prompts,
+        dict(zip(names, labels, strict=True)),
+        np.array([[[len(c.completion_ids or ()) for c in group] for group in row] for row in cells], float),
+        store.truncated.astype(float),
+        [[[c.completion for c in group] for group in row] for row in cells],
+        {
+            f"{label}: {event.rpartition('/')[2]}": count
+            for label, place in zip(names, places, strict=True)
+            for event, count in labelling.read_counts(place).items()
+            if count
+        },
+    )
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    events = {name: 0 for part in parts for name in part.events}
+    return Scored(
+        [prompt for part in parts for prompt in part.prompts],
+        {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.truncated for part in parts]),
+        [row for part in parts for row in part.texts],
+        {name: sum(part.events.get(name, 0) for part in parts) for name in events},
+    )
+
+
+def fingerprint(task: Task) -> str:
+    """Of the benchmark's file and everything that was read by it."""
+    rows = [(p.id, p.content, dict(p.columns)) for split in sorted(task.prompts) for p in task.prompts[split]]
+    text = json.dumps([asdict(task.benchmark), rows], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,187 @@
+"""Policies and static rules on benchmarks: the labelling pipeline on a benchmark's prompts, then metrics."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from asn_rl.errors import AsnError, ConfigError, DataError
+from asn_rl.evaluation.benchmarking import answer_codes, metric_names, per_entry
+from asn_rl.evaluation.comparison import Arm
+from asn_rl.evaluation.metrics import measure, parse_name
+from asn_rl.evaluation.power import PairedDesign, forecast, pilot
+from asn_rl.evaluation.record import SCHEMA, Record, TaskSettings, read_record, task_record, values_of
+from asn_rl.evaluation.samples import Samples
+from asn_rl.evaluation.seeds import seed_report
+from asn_rl.evaluation.sequential import StopDecision, stop_decision
+from asn_rl.evaluation.statistics import masked_mean
+from asn_rl.job.benchmark_runs import Scored, Task, fingerprint, joined, learned_arms, prepared, run_prompts, seed_name
+from asn_rl.job.job import Job
+from asn_rl.rewards.compose import unique_names
+from asn_rl.runs import console, write_json
+from asn_rl.types import Prompt
+
+
+def evaluate(job: Job) -> Record:
+    """Run every rule of the grid and every policy on the benchmarks of `evaluate.tasks`. The best static rule is chosen
+    on each benchmark's selection split; all comparisons are on its test split.
+
+    Writes `evaluation/` and `evaluation.json`. What is there is passed over. A benchmark that cannot be run is named in
+    the record (`left_out`), and the others go on.
+
+    Raises:
+        ConfigError: no tasks, or no grid of static rules.
+        DataError: no benchmark could be run.
+    """
+    path, config = job.run / "evaluation.json", job.config.evaluate
+    if path.exists():
+        return read_record(path)
+    if not config.tasks:
+        raise ConfigError("evaluate.tasks is empty; name benchmarks, for example --tasks gsm8k,ifeval")
+    arms = [*job.static_rules.values(), *learned_arms(job)]
+    ready, left_out = prepared(job)
+    tasks = {}
+    for task in ready:
+        console.print(f"\n[bold]{task.name}[/]: {task.benchmark.title}", highlight=False)
+        tasks[task.name] = _record(job, task, arms)
+    record = {"schema": SCHEMA, "base_model": job.backend.fingerprint, "tasks": tasks, "left_out": left_out}
+    write_json(path, record)
+    return record
+
+
+def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
+    config, benchmark = job.config.evaluate, task.benchmark
+    primary = "accuracy" if benchmark.verifiers else benchmark.metrics[0]
+    selection = run_prompts(job, task, "selection", task.prompts["selection"], job.arms)
+    baseline, detectable = _best_static(job, task, _samples(job, task, selection, job.arms), primary, len(arms))
+    scored, decisions = _test(job, task, arms, baseline)
+    settings = TaskSettings(
+        version=str(benchmark.version),
+        fingerprint=fingerprint(task),
+        split="test",
+        limits={"prompts": config.limit, "tokens": task.rollout.max_new_tokens},
+        primary=primary,
+        how=config.how,
+    )
+    ks, scorers = config.ks or (config.num_generations,), unique_names(config.scorers)
+    record = task_record(
+        _samples(job, task, scored, arms),
+        [prompt.id for prompt in scored.prompts],
+        settings,
+        metrics=metric_names(benchmark, ks, scorers),
+        baseline=baseline,
+        kinds={arm.name: "static" if arm.name in job.static_rules else "policy" for arm in arms},
+        detectable=detectable,
+        notes=_notes(scored, arms, decisions, len(task.prompts["test"])),
+    )
+    return _with_seeds(job, record)
+
+
+def _test(job: Job, task: Task, arms: Sequence[Arm], baseline: str) -> tuple[Scored, dict[str, StopDecision]]:
+    """The test prompts, or as many as it takes to know of every policy whether it is better or worse."""
+    config, found = job.config.evaluate, []
+    decisions: dict[str, StopDecision] = {}
+    blocks = _blocks(task.prompts["test"], config.stop_early, config.seed)
+    for number, block in enumerate(blocks):
+        found.append(run_prompts(job, task, "test" if config.stop_early is None else f"test-{number:03d}", block, arms))
+        if config.stop_early is not None:
+            decisions = _decisions(job, _samples(job, task, joined(found), arms), arms, baseline)
+            if decisions and all(decision.outcome != "undecided" for decision in decisions.values()):
+                break
+    return joined(found), decisions
+
+
+def _best_static(job: Job, task: Task, samples: Samples, primary: str, arms: int) -> tuple[str, dict[str, Any] | None]:
+    """The best rule of the grid on the selection split, and what the comparison on the test split can show."""
+    values = measure(samples, primary)  # (P, A)
+    means = np.array([np.nanmean(column) if not np.isnan(column).all() else np.nan for column in values.T])
+    if np.isnan(means).all():
+        raise DataError(f"benchmark {task.name!r}: every score on the selection split is masked; check its verifier")
+    sign = 1 if parse_name(primary).metric.better == "higher" else -1
+    best = int(np.nanargmax(sign * means))
+    found = f"{samples.arms[best]}, {primary} {means[best]:.3f}"
+    console.print(f"  best static rule on {len(samples.strata)} selection prompts: {found}", highlight=False)
+    if primary != "accuracy":
+        return samples.arms[best], None
+    design = PairedDesign(samples=samples.samples, comparisons=max(1, arms - 1), level=job.config.evaluate.level)
+    others = [i for i in np.argsort(-np.nan_to_num(means)) if i != best]
+    if others and samples.samples >= 2 and len(samples.strata) >= 2:
+        try:
+            between, correlation = pilot(samples.scores[:, [best, others[0]]])
+            design = replace(design, between=between, correlation=correlation)
+        except AsnError as error:
+            console.print(f"  no pilot for the detectable difference: {error}", highlight=False)
+    detectable = forecast(len(task.prompts["test"]), float(np.clip(means[best], 0.001, 0.999)), design)
+    console.print(f"  {detectable['sentence']}", highlight=False)
+    return samples.arms[best], detectable
+
+
+def _blocks(prompts: list[Prompt], size: int | None, seed: int) -> list[list[Prompt]]:
+    """All prompts at once; or, to be looked at in between, in random order, a few at a time."""
+    if size is None:
+        return [prompts]
+    shuffled = random.Random(seed).sample(prompts, len(prompts))
+    return [shuffled[low : low + size] for low in range(0, len(shuffled), size)]
+
+
+def _samples(job: Job, task: Task, scored: Scored, arms: Sequence[Arm]) -> Samples:
+    verifiers = task.benchmark.verifiers
+    columns = [prompt.columns for prompt in scored.prompts]
+    scores = {
+        v.name: per_entry(scored.scores[v.name], columns, v.entries) if v.entries else scored.scores[v.name]
+        for v in verifiers
+    }
+    first = scores[verifiers[0].name] if verifiers else np.full(scored.tokens.shape, np.nan)
+    chosen_by = {name: scored.scores[name] for name in unique_names(job.config.evaluate.scorers)}
+    return Samples(
+        tuple(arm.name for arm in arms),
+        ("all",) * len(scored.prompts),
+        first,
+        tokens=scored.tokens,
+        truncated=scored.truncated,
+        answers=answer_codes(scored.texts, first, task.benchmark.answers) if task.benchmark.answers else None,
+        scorers=chosen_by,
+        verifiers={v.name: scores[v.name] for v in verifiers[1:]},
+        texts=scored.texts,
+        encoder="all-minilm-l6-v2",
+    )
+
+
+def _decisions(job: Job, samples: Samples, arms: Sequence[Arm], baseline: str) -> dict[str, StopDecision]:
+    """Of every policy against the best static rule, valid however often it is asked."""
+    policies = [arm.name for arm in arms if arm.name not in job.static_rules]
+    level = 1 - (1 - job.config.evaluate.level) / max(1, len(policies))
+    means = {name: masked_mean(samples.scores[:, samples.arms.index(name)]) for name in [baseline, *policies]}
+    return {name: stop_decision(means[name] - means[baseline], level=level) for name in policies}
+
+
+def _notes(scored: Scored, arms: Sequence[Arm], decisions: Mapping[str, StopDecision], prompts: int) -> list[str]:
+    notes = [f"{name} ({count})" for name, count in sorted(scored.events.items())]
+    fixed = [arm.name for arm in arms if arm.deterministic]
+    if fixed:
+        notes.append(f"{', '.join(fixed)}: decoded once a prompt, counted as every sample")
+    broken = sum("\ufffd" in text for row in scored.texts for group in row for text in group)
+    if broken:
+        notes.append(f"{broken} completions hold bytes that are no UTF-8; they were scored with U+FFFD in their place")
+    if decisions:
+        notes.append(
+            f"looked at {len(scored.prompts)} of {prompts} prompts in random order; what holds under such looking: "
+            + "; ".join(f"{name} {d.outcome} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in decisions.items())
+        )
+    return notes
+
+
+def _with_seeds(job: Job, record: Record) -> Record:
+    """The record with a report over training seeds where a policy was given with several."""
+    arms, baseline = record["arms"], record["baseline"]
+    for name, folders in job.config.evaluate.policies.items():
+        if len(folders) > 1:
+            members = [seed_name(name, i) for i in range(len(folders))]
+            gaps = np.stack([values_of(arms[m]) - values_of(arms[baseline]) for m in members], 1)
+            report = seed_report(gaps, record["strata"], job.config.evaluate.how)
+            arms[members[0]]["seeds"] = report.as_dict()
+    return record
