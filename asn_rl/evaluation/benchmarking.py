@@ -39,7 +39,8 @@ class EvaluateConfig:
     ks: tuple[int, ...] = ()
     """sample counts k of pass@k, maj@k and best_of@k; none: num_generations"""
     scorers: tuple[RewardConfig, ...] = ()
-    """what the best of k is chosen by, {function, arguments}"""
+    """further scores, {function, arguments}, such as a reward model's or a judge's: each is reported, and the best of k
+    is chosen by each"""
     resamples: int = 10_000
     """bootstrap resamples of the prompts"""
     level: float = 0.95
@@ -74,16 +75,17 @@ class EvaluateConfig:
 
 
 def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str]) -> list[str]:
-    """Metrics of a benchmark with their numbers of samples (`pass` becomes `pass@4`), then those of its other verifiers
-    and of the scorers that the best of k is chosen by, tokens and truncation."""
+    """Metrics of a benchmark with their numbers of samples (`pass` becomes `pass@4`), then the scores of its other
+    verifiers and of the scorers, the best of k by these, tokens and truncation."""
     several = [k for k in ks if k > 1]
     tails = {
         "": [""],
         "@k": [f"@{k}" for k in several],
         "@k:scorer": [f"@{k}:{name}" for k in several for name in scorers],
-        ":verifier": [f":{verifier.name}" for verifier in benchmark.verifiers[1:]],
+        ":verifier": [f":{name}" for name in (*(v.name for v in benchmark.verifiers[1:]), *scorers)],
     }
-    stems = dict.fromkeys([*benchmark.metrics, "score", "best_of", "tokens", "truncated"])
+    best = ["best_of"] if benchmark.verifiers else []  # else nothing says how good the best one is
+    stems = dict.fromkeys([*benchmark.metrics, "score", *best, "tokens", "truncated"])
     return [
         stem + tail
         for stem in stems

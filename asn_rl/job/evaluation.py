@@ -145,7 +145,7 @@ def _samples(job: Job, task: Task, scored: Scored, arms: Sequence[Arm]) -> Sampl
         truncated=scored.truncated,
         answers=answer_codes(scored.texts, first, task.benchmark.answers) if task.benchmark.answers else None,
         scorers=chosen_by,
-        verifiers={v.name: scores[v.name] for v in verifiers[1:]},
+        verifiers={v.name: scores[v.name] for v in verifiers[1:]} | chosen_by,
         texts=scored.texts,
         encoder="all-minilm-l6-v2",
     )

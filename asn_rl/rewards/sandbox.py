@@ -199,4 +199,4 @@ def _verdict(stopped: str | None, told: bytes, limits: Limits) -> tuple[Outcome,
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split())[:1000]
