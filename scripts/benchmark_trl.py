@@ -3,10 +3,10 @@
     pip install "asn_rl[trl]"
     python scripts/benchmark_trl.py --quick
 
-Same policy, base model, prompts, rewards and KL coefficient against the same reference; one gradient step a batch on
-both sides. TRL trains the wrapped model of `asn_rl.integrations.trl`. Steps of both alternate in one process; times are
-divided by the completion tokens of the step, which differ by the luck of the draws. The last line is that of the figure
-that is worse against its goal.
+Same policy, base model, prompts, rewards, epochs and KL coefficient against the same reference; one gradient step an
+epoch on both sides. TRL trains the wrapped model of `asn_rl.integrations.trl`. Steps of both alternate in one process;
+times are divided by the completion tokens of the step, which differ by the luck of the draws. The last line is that of
+the figure that is worse against its goal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from _benchmark import finish, options
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
 
@@ -39,8 +39,8 @@ from asn_rl.backends import BackendConfig
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.integrations.trl import PolicyCausalLM, check_trainer, with_ends
 from asn_rl.metrics import MetricsLogger
-from asn_rl.rewards import numeric_answer
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
+from asn_rl.rewards.numeric import numeric_answer
 from asn_rl.rollout import RolloutConfig
 from asn_rl.training.grpo import GRPOConfig, Trainer
 
@@ -57,12 +57,12 @@ class Step:
 
 
 def main() -> int:
-    arguments = options(__doc__ or "", "python scripts/benchmark_trl.py --prompts 16", prompts=8, tokens=32, steps=6)
+    arguments = options(__doc__ or "", "python scripts/benchmark_trl.py --prompts 16 --epochs 1", prompts=8, tokens=32, epochs=4, steps=6)
     set_threads(arguments.threads)
-    prompts, steps = (4, 3) if arguments.quick else (arguments.prompts, arguments.steps)
+    prompts, steps = (4, 2) if arguments.quick else (arguments.prompts, arguments.steps)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with TemporaryDirectory() as folder:
-        theirs, ours = _alternate(Path(folder), prompts, arguments.tokens, steps)
+        theirs, ours = _alternate(Path(folder), prompts, arguments.tokens, arguments.epochs, steps)
     whole = statistics.median(t.whole / o.whole for t, o in zip(theirs, ours, strict=True))
     after = statistics.median(t.after / o.after for t, o in zip(theirs, ours, strict=True))
     for name, runs in (("TRL", theirs), ("asn_rl", ours)):
@@ -75,7 +75,7 @@ def main() -> int:
     )
 
 
-def _alternate(folder: Path, prompts: int, tokens: int, steps: int) -> tuple[list[Step], list[Step]]:
+def _alternate(folder: Path, prompts: int, tokens: int, epochs: int, steps: int) -> tuple[list[Step], list[Step]]:
     """Steps of both, the first one of each left out."""
     model = _wrapped(tokens)
     model.save_pretrained(folder / "start")
@@ -89,7 +89,7 @@ def _alternate(folder: Path, prompts: int, tokens: int, steps: int) -> tuple[lis
         RewardSuite([RewardConfig("numeric_answer")]),
         RolloutConfig(max_new_tokens=tokens),
         GRPOConfig(
-            steps=steps + 1, prompts_per_step=prompts, num_generations=GENERATIONS, num_iterations=1,
+            steps=steps + 1, prompts_per_step=prompts, num_generations=GENERATIONS, num_iterations=epochs,
             minibatch_tokens=prompts * GENERATIONS * tokens, beta=BETA, learning_rate=RATE,
         ),
         folder / "own",
@@ -105,12 +105,12 @@ def _alternate(folder: Path, prompts: int, tokens: int, steps: int) -> tuple[lis
             drawn = metrics["policy/length"] * prompts * GENERATIONS
             ours.append(Step(seconds / drawn, (seconds - metrics["time/rollout"]) / drawn))
 
-        clock = _Clock(our_step)
+        clock = _Clock(our_step, epochs)
         trainer = GRPOTrainer(
             model,
             clock.counted(with_ends(numeric_answer, model)),
             args=TRLConfig(
-                str(folder / "trl"), max_steps=steps + 1, per_device_train_batch_size=prompts * GENERATIONS,
+                str(folder / "trl"), max_steps=epochs * (steps + 1), num_iterations=epochs, per_device_train_batch_size=prompts * GENERATIONS,
                 num_generations=GENERATIONS, max_completion_length=tokens, beta=BETA, learning_rate=RATE,
                 report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
                 use_cpu=model.backend.device.type == "cpu",
@@ -132,18 +132,21 @@ def _wrapped(tokens: int) -> PolicyCausalLM:
 
 
 class _Clock(TrainerCallback):
-    """Times TRL's steps, and does one of ours after each."""
+    """Times TRL's steps, each of several epochs, and does one of ours after each."""
 
-    def __init__(self, our_step: Callable[[], None]) -> None:
+    def __init__(self, our_step: Callable[[], None], epochs: int) -> None:
         self.steps: list[Step] = []
-        self.our_step = our_step
+        self.our_step, self.epochs = our_step, epochs
         self.begin = self.generating = 0.0
         self.tokens = 0
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.begin, self.generating, self.tokens = time.perf_counter(), 0.0, 0
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step % self.epochs == 0:
+            self.begin, self.generating, self.tokens = time.perf_counter(), 0.0, 0
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step % self.epochs:
+            return
         whole = time.perf_counter() - self.begin
         self.steps.append(Step(whole / self.tokens, (whole - self.generating) / self.tokens))
         self.our_step()

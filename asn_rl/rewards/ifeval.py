@@ -13,8 +13,10 @@ followed can be seen from what is there, and those about length or ending fail b
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections import Counter
+import json
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -26,6 +28,8 @@ from asn_rl.rewards.workers import Failure, WorkerPool
 Verdict = tuple[bool, bool] | None
 """(strict, loose): whether an instruction is followed; None: not known"""
 MODES = ("strict", "loose")
+CACHE_ENTRIES = 200_000
+_known: OrderedDict[bytes, Verdict] = OrderedDict()
 
 
 def ifeval(
@@ -104,8 +108,27 @@ def instruction_verdicts(
 ) -> list[list[Verdict]]:
     """For each completion, the verdict on each of its instructions; no verdicts where the row has no instructions."""
     rows = [_checks(*row) for row in zip(completions, instruction_id_list, kwargs, strict=True)]
-    answers = iter(_shared_pool(workers, time_limit).map([check for row in rows for check in row]))
-    return [[_verdict(next(answers)) for _ in row] for row in rows]
+    checks = [check for row in rows for check in row]
+    keys = [_key(check) for check in checks]
+    asked = {key: check for key, check in zip(keys, checks, strict=True) if key not in _known}
+    answers = dict(zip(asked, _shared_pool(workers, time_limit).map(list(asked.values())), strict=True))
+    answers |= {key: _known[key] for key in keys if key in _known}
+    _remember({key: answer for key, answer in answers.items() if isinstance(answer, tuple)})
+    found = iter(_verdict(answers[key]) for key in keys)
+    return [[next(found) for _ in row] for row in rows]
+
+
+def _key(check: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(check, sort_keys=True, default=str).encode()).digest()
+
+
+def _remember(verdicts: Mapping[bytes, Verdict]) -> None:
+    # Benchmarks report four scores of the same checks. Failures are not remembered: a busy machine may be their cause.
+    for key, verdict in verdicts.items():
+        _known[key] = verdict
+        _known.move_to_end(key)
+    while len(_known) > CACHE_ENTRIES:
+        _known.popitem(last=False)
 
 
 def _checks(

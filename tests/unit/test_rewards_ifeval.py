@@ -11,6 +11,7 @@ import pytest
 
 from asn_rl.errors import InvalidValue, RewardError
 from asn_rl.rewards import _if_verifiable
+from asn_rl.rewards import ifeval as ifeval_module
 from asn_rl.rewards.ifeval import evaluate_ifeval, ifeval, instruction_verdicts
 from asn_rl.testing import check_reward
 
@@ -272,3 +273,20 @@ print(counted, tried, "datasets" in sys.modules, nltk.download is download)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("(True, True) [] False True\n", "")
+
+
+def test_a_check_is_made_once_for_all_four_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "instruction_id_list": [["punctuation:no_comma"], ["punctuation:no_comma"]],
+        "kwargs": [[{}], [{}]],
+    }
+    texts = ["never asked before", "never, asked before"]
+    first = ifeval(["q"] * 2, texts, mode="strict", **columns)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"asked again: {arguments}")
+
+    pool = ifeval_module._shared_pool(2, 5.0)
+    monkeypatch.setattr(pool, "map", lambda calls: [] if not calls else refuse(calls))
+    for level, mode in (("prompt", "loose"), ("instruction", "strict"), ("instruction", "loose")):
+        assert ifeval(["q"] * 2, texts, level=level, mode=mode, **columns) == first == [1.0, 0.0]

@@ -1,0 +1,1 @@
+"""Adapters by which other libraries drive decoding policies."""
