@@ -224,7 +224,7 @@ JOB_VERBS = {
         "--split train",
     ),
     "distill": JobVerb("teach the policy what won", _distill),
-    "reinforce": JobVerb("improve the policy by RL (setting algorithm: grpo or ppo)", _reinforce),
+    "reinforce": JobVerb("improve the policy by RL (setting algorithm: grpo, ppo or lpo)", _reinforce),
     "report": JobVerb("compare the policies with static rules on held-out prompts, and write report.html", _report),
     "eval": JobVerb(
         "policies and the grid of static rules on benchmarks; exit status 1 if a benchmark could not be run",

@@ -25,7 +25,9 @@ _CURVES = (
     ("kl/exact", "KL to the older checkpoint, nats a token"),
     ("policy/entropy", "policy entropy, nats a token"),
     ("policy/truncated", "share cut off by the token limit"),
+    ("eval/pair_accuracy", "held-out pairs in the right order"),
 )
+"""shown where a run has them"""
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
@@ -181,14 +183,15 @@ def _completions_table(trajectories: Trajectories, samples: int, groups: int = 8
 
 def _learning_curves(run: Path) -> str:
     distilled, steps = read_metrics(run / "distill"), read_metrics(run)
-    figure, axes = make_figure(1, bool(distilled) + len(_CURVES), 3.2)
+    curves = [(name, title) for name, title in _CURVES if any(name in row for row in steps)]
+    figure, axes = make_figure(1, bool(distilled) + len(curves), 3.2)
     if distilled:
         axes[0].plot([r["step"] for r in distilled], [r["loss/distill_kl"] for r in distilled], label="training")
         if "eval/distill_kl" in distilled[0]:
             axes[0].plot([r["step"] for r in distilled], [r["eval/distill_kl"] for r in distilled], label="held out")
         axes[0].set(title="distillation KL, nats a token", xlabel="epoch")
         axes[0].legend()
-    for axis, (name, title) in zip(axes[-len(_CURVES) :], _CURVES, strict=True):
+    for axis, (name, title) in zip(axes[bool(distilled) :], curves, strict=True):
         axis.plot([r["step"] for r in steps], [r.get(name) for r in steps], color="tab:orange")
         axis.set(title=title, xlabel="RL step")
     return svg(figure)

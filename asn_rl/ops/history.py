@@ -25,6 +25,14 @@ class History:
     def index(self, rows: Tensor) -> History:
         return History(self.tokens[rows], self.count[rows], self.last[rows])
 
+    def put(self, rows: Tensor, news: History) -> History:
+        """The same history with that of some texts replaced."""
+        return History(
+            self.tokens.index_copy(0, rows, news.tokens),
+            self.count.index_copy(0, rows, news.count),
+            self.last.index_copy(0, rows, news.last),
+        )
+
 
 def empty_history(batch: int, bound: int, device: torch.device | str) -> History:
     """Nothing generated yet; at most `bound` distinct tokens will be known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ class Cohorts:
     together share a cohort until they end.
     """
 
-    def __init__(self, backend: LogitsBackend, *, hidden: bool = False) -> None:
+    def __init__(self, backend: LogitsBackend, *, hidden: bool = False, layers: Sequence[int] = ()) -> None:
         self.backend = backend
-        self._want_hidden = hidden
+        self._wanted: dict[str, Any] = {"hidden": hidden, "layers": layers}
         self._parts: list[_Cohort] = []
 
     def __len__(self) -> int:
@@ -48,9 +49,14 @@ class Cohorts:
         """(B, D) hidden states, in the order of `rows`."""
         return _cat([part.session.hidden for part in self._parts if part.session.hidden is not None])
 
+    @property
+    def layer_logits(self) -> Tensor:
+        """(B, L, V) logits of the earlier layers, in the order of `rows`."""
+        return _cat([part.session.layer_logits for part in self._parts if part.session.layer_logits is not None])
+
     def add(self, rows: Tensor, prompt_ids: Sequence[Sequence[int]]) -> Session:
         """Prefill prompts (len(rows)) in one batch and begin their rows."""
-        self._parts.append(_Cohort(rows, self.backend.start(prompt_ids, hidden=self._want_hidden)))
+        self._parts.append(_Cohort(rows, self.backend.start(prompt_ids, **self._wanted)))
         return self._parts[-1].session
 
     def drop(self, ended: Tensor) -> None:

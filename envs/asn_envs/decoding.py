@@ -126,8 +126,8 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
         self.task = Task.make(prompts, reward, backend, RolloutConfig(max_new_tokens, head, tail))
         self.limit_terminates = limit_terminates
         self.render_mode = checked_render_mode(render_mode)
-        self.observation_space = observation_space(self.task.limits.size)
-        self.action_space = action_space(self.task.limits.size)
+        self.observation_space = observation_space(self.task.limits.size.points)
+        self.action_space = action_space(self.task.limits.size.points)
         self._num_actions = self.task.limits.size.points
         self._generation = self.task.generation(1)
 

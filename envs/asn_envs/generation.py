@@ -11,9 +11,12 @@ from torch import Tensor
 from asn_envs.cohorts import Cohorts
 from asn_envs.scoring import Episode
 from asn_envs.spaces import resolve_points
+from asn_rl.observing import history_entry, layer_entry
 from asn_rl.ops.context import context_vector
-from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens
+from asn_rl.ops.history import HISTORY, empty_history, remember
+from asn_rl.ops.sketch import PointMap, Sketch, build_sketch, choose_tokens
 from asn_rl.protocols import LogitsBackend
+from asn_rl.rollout import RolloutConfig, captured_layers
 from asn_rl.types import Observation, Prompt
 
 
@@ -39,19 +42,23 @@ class Generation:
     """R completions under way on a backend. The policy is elsewhere: it reads `observation` and hands in points.
 
     Args:
-        budget: most tokens of a completion, the end-of-sequence token included; `budgets` may lower a row's after
-            `begin`.
-        needs: optional observation entries to capture, among "hidden" and "prompt_embedding".
+        limits: sketch size and token budget, the end-of-sequence token included; `budgets` may lower a row's after
+            `begin`. With "history" among the needs a sketch has `tracked` points more.
+        needs: optional observation entries to capture, among `asn_envs.task.NEEDS`.
     """
 
     def __init__(
-        self, backend: LogitsBackend, size: SketchSize, budget: int, rows: int, needs: frozenset[str] = frozenset()
+        self, backend: LogitsBackend, limits: RolloutConfig, rows: int, needs: frozenset[str] = frozenset()
     ) -> None:
-        self.backend, self.size, self.budget, self.needs = backend, size, budget, needs
+        self.backend, self.size, self.budget, self.needs = backend, limits.size, limits.max_new_tokens, needs
+        budget, tracked, self._layers = limits.max_new_tokens, limits.tracked, captured_layers(needs, limits)
+        self.points = self.size.points + (tracked if "history" in needs else 0)
         self.prompts: list[Prompt | None] = [None] * rows
         self.completion_ids: list[list[int]] = [[] for _ in range(rows)]
-        self.cohorts = Cohorts(backend, hidden=bool(needs))
+        reads_hidden = bool(needs & {"hidden", "prompt_embedding"})
+        self.cohorts = Cohorts(backend, hidden=reads_hidden, layers=self._layers)
         device = backend.device
+        self._history = empty_history(rows, tracked, device) if "history" in needs else None
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
         self.budgets = torch.full((rows,), budget, device=device)
         self._position = torch.zeros(rows, dtype=torch.long, device=device)
@@ -74,6 +81,10 @@ class Generation:
             self.prompts[row], self.completion_ids[row] = prompt, []
         self.active = self.active | fresh
         self.budgets[index] = self.budget
+        if self._history is not None:
+            self._history = self._history.put(
+                index, empty_history(len(rows), self._history.tokens.shape[-1], index.device)
+            )
         self._position[index] = 0
         self._last_surprise[index] = 0.0
         self._surprise_sum[index] = 0.0
@@ -92,6 +103,8 @@ class Generation:
         chosen = choose_tokens(logits, point_map, points, uniforms[rows])
         base = (logits.gather(-1, chosen.unsqueeze(-1)).float() - point_map.log_normalizer).squeeze(-1)
 
+        if self._history is not None:
+            self._history = self._history.put(rows, remember(self._history.index(rows), chosen, self._position[rows]))
         self._position[rows] += 1
         self._last_surprise[rows] = -base
         self._surprise_sum[rows] -= base
@@ -113,9 +126,17 @@ class Generation:
         """What a policy sees, for all R rows; those that have ended see what `last_observation` says."""
         if not len(self.cohorts):
             return self.last_observation()
-        rows, _, sketch, _ = self._sketched()
-        everyone = _overwritten(self._certain(), rows, sketch)
-        return self._observe(everyone, self._spread(rows, self.cohorts.hidden) if "hidden" in self.needs else None)
+        rows, logits, sketch, point_map = self._sketched()
+        seen, entries = (logits, sketch, point_map), dict[str, Tensor]()
+        if "hidden" in self.needs:
+            entries["hidden"] = self.cohorts.hidden
+        if self._history is not None:
+            past = self._history.index(rows)
+            entries["history"] = history_entry(*seen, past, self._position[rows].unsqueeze(-1))
+        if self._layers:
+            entries["layer_logprobs"] = layer_entry(*seen, self.cohorts.layer_logits)
+        spread = {name: self._spread(rows, part) for name, part in entries.items()}
+        return self._observe(_overwritten(self._certain(), rows, sketch), **spread)
 
     @torch.no_grad()
     def last_observation(self) -> Observation:
@@ -123,7 +144,10 @@ class Generation:
 
         No base-model forward is spent on it, and a distribution it is, so that no policy meets NaN.
         """
-        return self._observe(self._certain(), torch.zeros_like(self._embedding) if "hidden" in self.needs else None)
+        rest = {"hidden": (self._embedding.shape[-1],), "history": (self.points, len(HISTORY))}
+        rest["layer_logprobs"] = (self.points, len(self._layers))
+        zeros = {name: self._embedding.new_zeros(len(self.active), *rest[name]) for name in rest.keys() & self.needs}
+        return self._observe(self._certain(), **zeros)
 
     def episode(self, row: int, terminated: bool) -> Episode:
         """The completion of a row that has ended."""
@@ -151,17 +175,19 @@ class Generation:
         """(B,) rows under way, their logits (B, V), sketch and point map."""
         if self._now is None:
             logits = self.cohorts.logits
-            self._now = (self.cohorts.rows, logits, *build_sketch(logits, self.size))
+            rows = self.cohorts.rows
+            own = None if self._history is None else self._history.tokens[rows]
+            self._now = (rows, logits, *build_sketch(logits, self.size, own))
         return self._now
 
-    def _observe(self, sketch: Sketch, hidden: Tensor | None) -> Observation:
+    def _observe(self, sketch: Sketch, **entries: Tensor) -> Observation:
         left = self.budgets - self._position
         context = context_vector(sketch, self._position, left, self._last_surprise, self._surprise_sum)
         embedding = self._embedding.clone() if "prompt_embedding" in self.needs else None
-        return Observation(sketch, context, hidden=hidden, prompt_embedding=embedding)
+        return Observation(sketch, context, prompt_embedding=embedding, **entries)
 
     def _certain(self) -> Sketch:
-        log_mass = torch.full((len(self.active), self.size.points), -torch.inf, device=self.active.device)
+        log_mass = torch.full((len(self.active), self.points), -torch.inf, device=self.active.device)
         log_mass[:, 0] = 0.0
         return Sketch(log_mass, torch.zeros_like(log_mass), torch.zeros_like(log_mass))
 

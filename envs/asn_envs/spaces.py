@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from asn_rl.ops.context import CONTEXT
-from asn_rl.ops.sketch import Sketch, SketchSize
+from asn_rl.ops.sketch import Sketch
 from asn_rl.types import Observation
 
 
@@ -33,16 +33,16 @@ POINT_FEATURES = (
 )
 
 
-def observation_space(size: SketchSize) -> gym.spaces.Dict:
-    """`Dict(points: Box(N, F), context: Box(C,))`, fp32, bounds as in `POINT_FEATURES` and `CONTEXT`."""
+def observation_space(points: int) -> gym.spaces.Dict:
+    """`Dict(points: Box(N, F), context: Box(C,))` of N points, fp32, bounds as in `POINT_FEATURES` and `CONTEXT`."""
     return gym.spaces.Dict(
-        {"points": _box(POINT_FEATURES, (size.points, len(POINT_FEATURES))), "context": _box(CONTEXT, (len(CONTEXT),))}
+        {"points": _box(POINT_FEATURES, (points, len(POINT_FEATURES))), "context": _box(CONTEXT, (len(CONTEXT),))}
     )
 
 
-def action_space(size: SketchSize) -> Discrete:
+def action_space(points: int) -> Discrete:
     """`Discrete(N)`: the index of a point."""
-    return Discrete(size.points)
+    return Discrete(points)
 
 
 def point_features(sketch: Sketch) -> Tensor:

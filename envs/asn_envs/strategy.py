@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gymnasium.spaces import Discrete
@@ -13,6 +14,7 @@ from asn_envs.decoding import DecodingEnv
 from asn_envs.generation import Drawn
 from asn_envs.infos import Info
 from asn_envs.sources import BackendSource, PromptsSource, RewardSource
+from asn_envs.spaces import observation_space
 from asn_envs.strategies import (
     PIPELINE,
     StrategiesSource,
@@ -23,6 +25,7 @@ from asn_envs.strategies import (
 )
 from asn_envs.task import DEFAULT_BACKEND
 from asn_envs.vector import DecodingVectorEnv
+from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Observation
 
 
@@ -69,6 +72,9 @@ class StrategyDecodingEnv(DecodingEnv):
     * `pipeline`: "module:attribute" of the class that makes a policy of `processors`.
     * `confident_above`: base probability in (0, 1); None: every token is a decision.
     * `budgets`: token budgets in [1, max_new_tokens], one of them a completion; None: always `max_new_tokens`.
+    * `tracked`: where a strategy reads `history` (a repetition penalty), so many generated tokens, the latest distinct
+      ones, are points of their own, and `points` has so many rows more.
+    * `layers`: earlier layers, counted from 1, for strategies that read `layer_logprobs`.
 
     ## Version History
     * v0: first version.
@@ -86,13 +92,17 @@ class StrategyDecodingEnv(DecodingEnv):
         pipeline: str = PIPELINE,
         confident_above: float | None = None,
         budgets: Sequence[int] | None = None,
+        tracked: int = RolloutConfig.tracked,
+        layers: Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         policies = as_strategies(strategies, pipeline)
         super().__init__(prompts, reward, backend, **arguments)
+        self.task = replace(self.task, limits=replace(self.task.limits, tracked=tracked, layers=tuple(layers)))
         self._num_actions = len(policies)
         self.action_space = Discrete(self._num_actions)
         self._generation = self.task.generation(1, needs_of(policies))
+        self.observation_space = observation_space(self._generation.points)
         self._draws = StrategyDraws(policies, self._generation, confident_above, budgets)
 
     def _begin(self, prompt_id: str | None) -> None:

@@ -173,7 +173,7 @@ class _Generated:
     def spaces(self) -> dict[str, Box]:
         width = self.task.backend.hidden_size
         bound = math.floor(math.sqrt(width)) + 1
-        context = observation_space(self.task.limits.size)["context"]
+        context = observation_space(self.task.limits.size.points)["context"]
         assert isinstance(context, Box)
         return {"prompt_embedding": Box(-bound, bound, (width,), np.float32), "context": context}
 

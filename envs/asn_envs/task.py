@@ -16,7 +16,7 @@ from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.types import Prompt
 
 DEFAULT_BACKEND = "smollm2-135m-instruct"
-NEEDS = frozenset({"hidden", "prompt_embedding"})
+NEEDS = frozenset({"hidden", "prompt_embedding", "history", "layer_logprobs"})
 """optional observation entries that the environments capture"""
 
 
@@ -52,9 +52,10 @@ class Task:
         """Completions under way in `rows` rows.
 
         Raises:
-            InvalidValue: an optional observation entry in `needs` that the environments do not capture.
+            InvalidValue: an optional observation entry in `needs` that the environments do not capture, or
+                `layer_logprobs` without `layers`.
         """
-        return Generation(self.backend, self.limits.size, self.limits.max_new_tokens, rows, checked_needs(needs))
+        return Generation(self.backend, self.limits, rows, checked_needs(needs))
 
 
 def checked_needs(needs: Collection[str]) -> frozenset[str]:

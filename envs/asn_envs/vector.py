@@ -61,7 +61,10 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     * `num_envs`: number of sub-environments.
     * `autoreset_mode`: "SameStep", "Disabled", or an `AutoresetMode`.
     * `output`: "numpy" or "torch".
-    * `needs`: optional entries of `observation()` to capture: "hidden", "prompt_embedding".
+    * `needs`: optional entries of `observation()` to capture: "hidden", "prompt_embedding", "history",
+      "layer_logprobs". With "history" the latest `tracked` distinct tokens are points of their own, and N is `tracked`
+      more; "layer_logprobs" are those of `layers`.
+    * `tracked`, `layers`: as in `asn_rl.rollout.RolloutConfig`.
     * `max_episode_steps`: another bound on the token budget, as `make_vec` passes it; the smaller one holds.
 
     ## Version History
@@ -84,6 +87,8 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         output: Literal["numpy", "torch"] = "numpy",
         needs: Sequence[str] = (),
+        tracked: int = RolloutConfig.tracked,
+        layers: Sequence[int] = (),
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -92,19 +97,20 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if output not in ("numpy", "torch"):
             raise InvalidValue("output", output, "'numpy' or 'torch'")
         budget = max_new_tokens if max_episode_steps is None else min(max_new_tokens, max_episode_steps)
-        self.task = Task.make(prompts, reward, backend, RolloutConfig(budget, head, tail))
+        limits = RolloutConfig(budget, head, tail, tracked=tracked, layers=tuple(layers))
+        self.task = Task.make(prompts, reward, backend, limits)
         self.num_envs = num_envs
         self.output = output
         self.limit_terminates = limit_terminates
         self.autoreset_mode = checked_autoreset_mode(autoreset_mode)
         self.metadata = DecodingEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.render_mode = checked_render_mode(render_mode)
-        self.single_observation_space = observation_space(self.task.limits.size)
-        self.single_action_space = action_space(self.task.limits.size)
-        self._num_actions = self.task.limits.size.points
+        self._generation = self.task.generation(num_envs, needs)
+        self._num_actions = self._generation.points
+        self.single_observation_space = observation_space(self._num_actions)
+        self.single_action_space = action_space(self._num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generation = self.task.generation(num_envs, needs)
         self._rngs: list[np.random.Generator] = []
 
     @property

@@ -217,15 +217,15 @@ def test_a_strategy_reads_the_text_so_far(toy: ToyBackend):
     table = toy.table.clone()
     table[:, 0] = -30.0
     endless = ToyBackend(table)
-    every = {"max_new_tokens": 16, "head": 32, "tail": 1, "tracked": 8}  # every token is a point
+    every: dict[str, Any] = {"max_new_tokens": 16, "head": 32, "tail": 1, "tracked": 8}  # every token is a point
     env = make(endless, strategies=[GREEDY, {"name": "novel", "processors": steps}], **every)
     obs, _ = env.reset(seed=0, options={"prompt_id": "p1"})
     assert obs["points"].shape == (32 + 1 + 8, 6)
     assert env.observation_space.contains(obs)
-    for action, policy in enumerate([Pipeline([{"name": "greedy"}]), Pipeline(steps)]):
-        expected = rollout(policy, endless, [Prompt("p1", "w1")], RolloutConfig(**every)).completion_ids[0]
-        assert play(env, [action], options={"prompt_id": "p1"})[0] == expected
-    assert len(set(expected)) > 10
+    said = [play(env, [action], options={"prompt_id": "p1"})[0] for action in range(2)]
+    for tokens, policy in zip(said, [Pipeline([{"name": "greedy"}]), Pipeline(steps)], strict=True):
+        assert tokens == rollout(policy, endless, [Prompt("p1", "w1")], RolloutConfig(**every)).completion_ids[0]
+    assert len(set(said[1])) > 10
     layered = {"name": "layers", "processors": [{"name": "layer_contrast", "params": {}}]}
     with pytest.raises(InvalidValue, match="layers must be at least one layer"):
         make(toy, strategies=[GREEDY, layered])
