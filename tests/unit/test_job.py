@@ -9,6 +9,7 @@ import pytest
 from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.job import CompareConfig, GenerateConfig, HeuristicSpec, Job, JobConfig
 from asn_rl.job.config import HeuristicGrid
+from asn_rl.job.labelling import prompts
 from asn_rl.rewards.compose import RewardConfig
 
 NUMERIC = RewardConfig("numeric_answer")
@@ -40,7 +41,6 @@ def test_a_grid_comes_after_the_heuristics_and_may_not_repeat_their_names(tmp_pa
         (lambda: GenerateConfig(selection_prompts=0), "selection_prompts"),
         (lambda: CompareConfig(num_generations=0), "num_generations"),
         (lambda: CompareConfig(level=1.0), "level"),
-        (lambda: JobConfig(), "rewards is empty"),
         (lambda: JobConfig(rewards=(NUMERIC,), threads=0), "threads"),
         (lambda: JobConfig(rewards=(NUMERIC,), heuristics=(HeuristicSpec("rl"),)), "learned"),
         (lambda: JobConfig(rewards=(NUMERIC,), heuristics=(HeuristicSpec("a/b"),)), "name"),
@@ -49,3 +49,11 @@ def test_a_grid_comes_after_the_heuristics_and_may_not_repeat_their_names(tmp_pa
 def test_illegal_settings_are_named(make, named: str) -> None:
     with pytest.raises((InvalidValue, ConfigError), match=named):
         make()
+
+
+def test_stages_that_need_rewards_say_so_before_anything_is_generated(tmp_path: Path) -> None:
+    job = Job(JobConfig(threads=1), tmp_path / "run")
+    for stage in (lambda: job.rewards, lambda: prompts(job)):
+        with pytest.raises(ConfigError, match="rewards is empty"):
+            stage()
+    assert not (job.run / "prompts.jsonl").exists()
