@@ -76,7 +76,7 @@ class EvaluateConfig:
 
 def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str]) -> list[str]:
     """Metrics of a benchmark with their numbers of samples (`pass` becomes `pass@4`), then the scores of its other
-    verifiers and of the scorers, the best of k by these, tokens and truncation."""
+    verifiers and of the scorers, the best of k by these, different words, tokens and truncation."""
     several = [k for k in ks if k > 1]
     tails = {
         "": [""],
@@ -85,7 +85,7 @@ def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str]
         ":verifier": [f":{name}" for name in (*(v.name for v in benchmark.verifiers[1:]), *scorers)],
     }
     best = ["best_of"] if benchmark.verifiers else []  # else nothing says how good the best one is
-    stems = dict.fromkeys([*benchmark.metrics, "score", *best, "tokens", "truncated"])
+    stems = dict.fromkeys([*benchmark.metrics, "score", *best, "distinct_1", "tokens", "truncated"])
     return [
         stem + tail
         for stem in stems
