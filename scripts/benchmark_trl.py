@@ -31,8 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from _benchmark import finish, options
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
-from trl import GRPOConfig as TRLConfig
-from trl import GRPOTrainer
+from trl import GRPOConfig as TRLConfig  # type: ignore[attr-defined]  # TRL exports lazily
+from trl import GRPOTrainer  # type: ignore[attr-defined]
 
 from asn_policies import OrderStatisticsNetwork
 from asn_rl.backends import BackendConfig
@@ -57,12 +57,21 @@ class Step:
 
 
 def main() -> int:
-    arguments = options(__doc__ or "", "python scripts/benchmark_trl.py --prompts 16 --epochs 1", prompts=8, tokens=32, epochs=4, steps=6)
+    arguments = options(
+        __doc__ or "",
+        "python scripts/benchmark_trl.py --prompts 16 --epochs 1",
+        prompts=8,
+        tokens=32,
+        epochs=4,
+        steps=6,
+    )
     set_threads(arguments.threads)
-    prompts, steps = (4, 2) if arguments.quick else (arguments.prompts, arguments.steps)
+    prompts, tokens, steps = arguments.prompts, arguments.tokens, arguments.steps
+    if arguments.quick:
+        prompts, tokens, steps = 2, 12, 1
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with TemporaryDirectory() as folder:
-        theirs, ours = _alternate(Path(folder), prompts, arguments.tokens, arguments.epochs, steps)
+        theirs, ours = _alternate(Path(folder), prompts, tokens, arguments.epochs, steps)
     whole = statistics.median(t.whole / o.whole for t, o in zip(theirs, ours, strict=True))
     after = statistics.median(t.after / o.after for t, o in zip(theirs, ours, strict=True))
     for name, runs in (("TRL", theirs), ("asn_rl", ours)):
@@ -77,9 +86,9 @@ def main() -> int:
 
 def _alternate(folder: Path, prompts: int, tokens: int, epochs: int, steps: int) -> tuple[list[Step], list[Step]]:
     """Steps of both, the first one of each left out."""
-    model = _wrapped(tokens)
-    model.save_pretrained(folder / "start")
-    model.config._name_or_path = str(folder / "start")
+    start = PolicyCausalLM.wrap(OrderStatisticsNetwork(), BackendConfig(), max_new_tokens=tokens)
+    start.save_pretrained(folder / "start")
+    model = PolicyCausalLM.from_pretrained(folder / "start")  # where it comes from is TRL's reference
     rows = load_prompts(DataConfig(source="arithmetic"), "train")
     own = Trainer(
         OrderStatisticsNetwork(),
@@ -110,7 +119,8 @@ def _alternate(folder: Path, prompts: int, tokens: int, epochs: int, steps: int)
             model,
             clock.counted(with_ends(numeric_answer, model)),
             args=TRLConfig(
-                str(folder / "trl"), max_steps=epochs * (steps + 1), num_iterations=epochs, per_device_train_batch_size=prompts * GENERATIONS,
+                str(folder / "trl"), max_steps=epochs * (steps + 1), num_iterations=epochs,
+                per_device_train_batch_size=prompts * GENERATIONS, gradient_accumulation_steps=1,
                 num_generations=GENERATIONS, max_completion_length=tokens, beta=BETA, learning_rate=RATE,
                 report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
                 use_cpu=model.backend.device.type == "cpu",
@@ -125,10 +135,6 @@ def _alternate(folder: Path, prompts: int, tokens: int, epochs: int, steps: int)
         trainer._generate = clock.timed(trainer._generate)
         trainer.train()
     return clock.steps[1:], ours[1:]
-
-
-def _wrapped(tokens: int) -> PolicyCausalLM:
-    return PolicyCausalLM.wrap(OrderStatisticsNetwork(), BackendConfig(), max_new_tokens=tokens)
 
 
 class _Clock(TrainerCallback):

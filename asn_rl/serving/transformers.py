@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class _Placeholder(LogitsProcessor):
 class ContinuousPolicyProcessor(ContinuousBatchingLogitsProcessor):
     """The policy in continuous batching, where requests join and leave. Not for captured CUDA graphs."""
 
-    supported_kwargs: ClassVar[dict[str, type]] = {}
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (declared so by transformers)
     ignored_kwargs = ()
 
     def __init__(self, made_for: _Placeholder) -> None:
