@@ -13,7 +13,7 @@ import numpy as np
 from asn_rl.backends import load_backend
 from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.data.benchmark import Benchmark, benchmark_prompts, load_benchmark
-from asn_rl.errors import AsnError, CheckpointError, DataError
+from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.job.config import DISTILLED, RL
 from asn_rl.job.job import Job
@@ -83,10 +83,14 @@ def seed_name(name: str, seed: int) -> str:
 
 def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
     """The benchmarks that can be run, and why the others cannot: known before hours of generation."""
-    ready, left_out = [], {}
+    ready: list[Task] = []
+    left_out: dict[str, str] = {}
     for name in job.config.evaluate.tasks:
         try:
-            ready.append(_task(job, load_benchmark(name)))
+            benchmark = load_benchmark(name)
+            if benchmark.name in (task.name for task in ready):
+                raise ConfigError(f"two of evaluate.tasks are called {benchmark.name!r}; give yours another name")
+            ready.append(_task(job, benchmark))
         except AsnError as error:
             left_out[name] = str(error)
             console.print(f"[yellow]left out[/] {name}: {error}", highlight=False)

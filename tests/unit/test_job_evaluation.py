@@ -163,6 +163,10 @@ def test_bad_settings_and_policies_are_refused(benchmark: Path, tmp_path: Path) 
         config(benchmark, policies={"own": []})
     with pytest.raises(ConfigError, match=r"evaluate\.tasks is empty"):
         evaluate(Job(config(benchmark, tasks=[]), tmp_path / "a"))
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(BENCHMARK)
+    record = evaluate(Job(config(benchmark, tasks=[str(benchmark), str(copy)]), tmp_path / "twice"))
+    assert "called 'words'" in record["left_out"][str(copy)]
     with pytest.raises(DataError, match="no benchmark can be run"):
         evaluate(Job(config(tmp_path / "nothing.yaml"), tmp_path / "b"))
     wrong = policy_folder(tmp_path / "wide", head=7)
