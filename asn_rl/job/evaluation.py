@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from asn_rl.errors import AsnError, ConfigError, DataError
+from asn_rl.errors import ConfigError, DataError, InvalidValue
 from asn_rl.evaluation.benchmarking import answer_codes, metric_names, per_entry
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import measure, parse_name
-from asn_rl.evaluation.power import PairedDesign, forecast, pilot
+from asn_rl.evaluation.power import PairedDesign, forecast, minimum_detectable_effect, pilot
 from asn_rl.evaluation.record import SCHEMA, Record, TaskSettings, read_record, task_record, values_of
 from asn_rl.evaluation.samples import Samples
 from asn_rl.evaluation.seeds import seed_report
@@ -107,17 +108,25 @@ def _best_static(job: Job, task: Task, samples: Samples, primary: str, arms: int
     console.print(f"  best static rule on {len(samples.strata)} selection prompts: {found}", highlight=False)
     if primary != "accuracy":
         return samples.arms[best], None
-    design = PairedDesign(samples=samples.samples, comparisons=max(1, arms - 1), level=job.config.evaluate.level)
-    others = [i for i in np.argsort(-np.nan_to_num(means)) if i != best]
-    if others and samples.samples >= 2 and len(samples.strata) >= 2:
-        try:
-            between, correlation = pilot(samples.scores[:, [best, others[0]]])
-            design = replace(design, between=between, correlation=correlation)
-        except AsnError as error:
-            console.print(f"  no pilot for the detectable difference: {error}", highlight=False)
-    detectable = forecast(len(task.prompts["test"]), float(np.clip(means[best], 0.001, 0.999)), design)
+    base_rate, prompts = float(np.clip(means[best], 0.001, 0.999)), len(task.prompts["test"])
+    plain = PairedDesign(samples=samples.samples, comparisons=max(1, arms - 1), level=job.config.evaluate.level)
+    # Of the rules, the one that is told apart worst: a near copy of the baseline would promise too much.
+    designs = _pilots(samples, best, plain) or [plain]
+    design = max(designs, key=lambda design: minimum_detectable_effect(prompts, base_rate, design))
+    detectable = forecast(prompts, base_rate, design)
     console.print(f"  {detectable['sentence']}", highlight=False)
     return samples.arms[best], detectable
+
+
+def _pilots(samples: Samples, best: int, plain: PairedDesign) -> list[PairedDesign]:
+    """What the selection split says of comparing each other rule with the best one; none where it says nothing."""
+    designs = []
+    for i in range(len(samples.arms)):
+        if i != best:
+            with suppress(InvalidValue):  # too few samples, or no variance
+                between, correlation = pilot(samples.scores[:, [best, i]])
+                designs.append(replace(plain, between=between, correlation=correlation))
+    return designs
 
 
 def _blocks(prompts: list[Prompt], size: int | None, seed: int) -> list[list[Prompt]]:
