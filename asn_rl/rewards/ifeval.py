@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from asn_rl.errors import InvalidValue, RewardError
 from asn_rl.rewards.inputs import completion_text, required_column
+from asn_rl.rewards.verdicts import remember
 from asn_rl.rewards.workers import Failure, WorkerPool
 
 Verdict = tuple[bool, bool] | None
@@ -30,6 +31,7 @@ Verdict = tuple[bool, bool] | None
 MODES = ("strict", "loose")
 CACHE_ENTRIES = 200_000
 _known: OrderedDict[bytes, Verdict] = OrderedDict()
+"""by check: benchmarks report four scores of the same checks"""
 
 
 def ifeval(
@@ -113,22 +115,14 @@ def instruction_verdicts(
     asked = {key: check for key, check in zip(keys, checks, strict=True) if key not in _known}
     answers = dict(zip(asked, _shared_pool(workers, time_limit).map(list(asked.values())), strict=True))
     answers |= {key: _known[key] for key in keys if key in _known}
-    _remember({key: answer for key, answer in answers.items() if isinstance(answer, tuple)})
+    found_out = {key: answer for key, answer in answers.items() if isinstance(answer, tuple)}
+    remember(_known, found_out, CACHE_ENTRIES)
     found = iter(_verdict(answers[key]) for key in keys)
     return [[next(found) for _ in row] for row in rows]
 
 
 def _key(check: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(check, sort_keys=True, default=str).encode()).digest()
-
-
-def _remember(verdicts: Mapping[bytes, Verdict]) -> None:
-    # Benchmarks report four scores of the same checks. Failures are not remembered: a busy machine may be their cause.
-    for key, verdict in verdicts.items():
-        _known[key] = verdict
-        _known.move_to_end(key)
-    while len(_known) > CACHE_ENTRIES:
-        _known.popitem(last=False)
 
 
 def _checks(

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from asn_rl.errors import RewardError
 from asn_rl.rewards.inputs import completion_text, required_column, terminated_flags
+from asn_rl.rewards.verdicts import remember
 from asn_rl.rewards.workers import Failure, WorkerPool
 
 TAIL_CHARACTERS = 2000
@@ -104,19 +105,11 @@ class MathVerifier:
                 failed[key] = answer.reason
             else:
                 found[key] = answer
-        self._remember(found)
+        remember(self._known, found, CACHE_ENTRIES)
         for key in keys:
             if found.get(key) is None:
                 self.counts[failed.get(key) or ("astronomic" if key in astronomic else "gold")] += 1
         return [found.get(key) for key in keys]
-
-    def _remember(self, found: dict[tuple[str, str], bool | None]) -> None:
-        # Failures are not remembered: they may be due to a busy machine.
-        for key, verdict in found.items():
-            self._known[key] = verdict
-            self._known.move_to_end(key)
-        while len(self._known) > CACHE_ENTRIES:
-            self._known.popitem(last=False)
 
 
 def is_astronomic(text: str) -> bool:
