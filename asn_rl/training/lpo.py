@@ -20,17 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asn_rl.checkpoint import (
-    atomic_folder,
-    checkpoint_folder,
-    latest_checkpoint,
-    load_state,
-    load_weights,
-    remove_old_checkpoints,
-    remove_unfinished_checkpoints,
-    save_policy,
-    save_state,
-)
+from asn_rl.checkpoint import save_policy
 from asn_rl.errors import InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.divergences import kl
@@ -38,6 +28,7 @@ from asn_rl.ops.preference import Pairs, latent_loss, margins
 from asn_rl.placement import device_of, place
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.runs import console, progress
+from asn_rl.training.checkpoints import load_training, save_training
 from asn_rl.training.minibatches import held_out_prompts, tokens_of
 from asn_rl.training.on_policy import step_seed
 from asn_rl.training.policy_gradient import all_logprobs
@@ -240,21 +231,17 @@ class Trainer:
         return totals
 
     def save(self) -> None:
-        with atomic_folder(checkpoint_folder(self.run, self.epoch)) as scratch:
-            self.policy.save_pretrained(scratch / "policy", **self.metadata)
-            save_state(scratch, {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()})
-        remove_old_checkpoints(self.run, self.config.keep_checkpoints)
+        state = {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
+        keep, metadata = self.config.keep_checkpoints, self.metadata
+        save_training(self.run, self.epoch, self.policy, state, keep=keep, metadata=metadata)
 
     def resume(self) -> None:
-        remove_unfinished_checkpoints(self.run)
-        folder = latest_checkpoint(self.run)
-        if folder is None:
-            return
-        state = load_state(folder)
-        load_weights(self.policy, folder / "policy")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch = state["epoch"]
-        console.print(f"resuming {self.run} after epoch {self.epoch}", highlight=False)
+        found = load_training(self.run, self.policy)
+        if found is not None:
+            state, _ = found
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch = state["epoch"]
+            console.print(f"resuming {self.run} after epoch {self.epoch}", highlight=False)
 
 
 def _drawable(logprobs: Tensor, trajectories: Trajectories) -> Tensor:

@@ -19,19 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asn_rl.checkpoint import (
-    atomic_folder,
-    checkpoint_folder,
-    latest_checkpoint,
-    load_state,
-    load_weights,
-    remove_old_checkpoints,
-    remove_unfinished_checkpoints,
-    rng_state,
-    save_policy,
-    save_state,
-    set_rng_state,
-)
+from asn_rl.checkpoint import latest_checkpoint, rng_state, save_policy, set_rng_state
 from asn_rl.data.sampler import PromptSampler
 from asn_rl.errors import TrainingError
 from asn_rl.metrics import MetricsLogger
@@ -41,6 +29,7 @@ from asn_rl.rewards.compose import RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.runs import console, progress, write_jsonl
 from asn_rl.training.budget import Price, first_price, next_price
+from asn_rl.training.checkpoints import load_training, save_training
 from asn_rl.training.minibatches import whole_completions
 from asn_rl.training.policy_gradient import Batch, PolicyGradientConfig, adapted_beta
 from asn_rl.training.records import records, rollout_metrics
@@ -76,6 +65,7 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         if isinstance(self.reference, nn.Module):
             self.reference.eval()
         self.rollout_config, self.config, self.run, self.metadata = rollout_config, config, run, metadata
+        self.equip()
         self.sampler = PromptSampler(prompts, config.prompts_per_step, config.seed, config.balance)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
@@ -88,6 +78,9 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         self.step = 0
         self.beta = config.beta
         self.price = first_price(config.budget)
+
+    def equip(self) -> None:
+        """What a trainer has beside these, made before the optimiser."""
 
     @abstractmethod
     def prepare(self, trajectories: Trajectories, totals: Tensor) -> tuple[B, Tensor, dict[str, float]]:
@@ -225,11 +218,8 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         return {"budget/price": paid.token, "budget/multiplier": paid.multiplier, "budget/tokens": tokens}
 
     def save(self) -> None:
-        folder = checkpoint_folder(self.run, self.step)
-        with atomic_folder(folder) as scratch:
-            self.policy.save_pretrained(scratch / "policy", **self.metadata)
-            save_state(scratch, self.state())
-        remove_old_checkpoints(self.run, self.config.keep_checkpoints)
+        keep, metadata = self.config.keep_checkpoints, self.metadata
+        save_training(self.run, self.step, self.policy, self.state(), keep=keep, metadata=metadata)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the policy."""
@@ -242,14 +232,10 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         }
 
     def resume(self) -> None:
-        remove_unfinished_checkpoints(self.run)
-        folder = latest_checkpoint(self.run)
-        if folder is None:
-            return
-        state = load_state(folder)
-        load_weights(self.policy, folder / "policy")
-        self.restore(state, folder)
-        console.print(f"resuming {self.run} after step {self.step}", highlight=False)
+        found = load_training(self.run, self.policy)
+        if found is not None:
+            self.restore(*found)
+            console.print(f"resuming {self.run} after step {self.step}", highlight=False)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Take over what `state` gave; `folder` is for messages."""

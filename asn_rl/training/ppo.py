@@ -119,24 +119,15 @@ class Trainer(OnPolicyTrainer[PPOConfig, ValueBatch]):
 
     name = "PPO"
 
-    def __init__(
-        self,
-        policy: TrainablePolicy,
-        reference: Policy,
-        backend: LogitsBackend,
-        prompts: Sequence[Prompt],
-        rewards: RewardSuite,
-        rollout_config: RolloutConfig,
-        config: PPOConfig,
-        run: Path,
-        metadata: dict[str, Any],
-    ) -> None:
+    def equip(self) -> None:
+        config = self.config
         self.critic = (
-            None if config.critic is None else new_critic(config.critic, config.critic_arguments, backend, config.seed)
+            None
+            if config.critic is None
+            else new_critic(config.critic, config.critic_arguments, self.backend, config.seed)
         )
         self.capture = frozenset() if self.critic is None else self.critic.needs
         self.shaping: Shaping | None = None if config.shaping is None else load_attribute(config.shaping)
-        super().__init__(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if not isinstance(self.critic, nn.Module):

@@ -84,7 +84,7 @@ class TestResume:
         def full(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("asn_rl.training.on_policy.save_state", full)
+        monkeypatch.setattr("asn_rl.training.checkpoints.save_state", full)
         with pytest.raises(CheckpointError, match="No space left"):
             run(tmp_path)
         kept = latest_checkpoint(tmp_path)
