@@ -21,6 +21,7 @@ from torch import Tensor
 
 from asn_rl.errors import DataError, InvalidValue, RewardError
 from asn_rl.ops.context import context_vector
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.ops.resampling import (
     annealing_temperature,
     effective_sample_size,
@@ -29,7 +30,7 @@ from asn_rl.ops.resampling import (
     systematic,
     tempered,
 )
-from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens, invert_cdf
+from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rewards.step_scorers import StepScorer

@@ -20,8 +20,9 @@ from torch import Tensor
 from asn_rl.errors import DataError, InvalidPolicyOutput, InvalidValue
 from asn_rl.observing import checked_entries, checked_needs, history_entry, layer_entry
 from asn_rl.ops.context import context_vector
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.ops.history import empty_history, remember
-from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens, invert_cdf
+from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, choose_tokens
 from asn_rl.placement import place
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.stopping import StopWatch, before_stop

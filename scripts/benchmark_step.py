@@ -19,7 +19,8 @@ from asn_policies import OrderStatisticsNetwork
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.ops.context import context_vector
-from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens, invert_cdf
+from asn_rl.ops.draws import invert_cdf
+from asn_rl.ops.sketch import SketchSize, build_sketch, choose_tokens
 from asn_rl.types import Observation
 
 GOAL = 0.12

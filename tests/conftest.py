@@ -2,7 +2,9 @@
 
 Tests that are skipped, and why (a name here is the only way to skip):
 * those that use `benchmark_data`, where neither ASN_RL_DATA nor a folder `shared/data` beside the checkout holds the
-  benchmark files, whose licences do not all allow shipping them.
+  benchmark files, whose licences do not all allow shipping them;
+* those that use `compiler`, where there is no C compiler;
+* those that use `triton_interpreter`, where Triton is not installed (it has no builds but for Linux).
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from asn_rl.backends import BackendConfig, load_backend
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
+from asn_rl.ops.vocabulary import fused, native
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +70,17 @@ def benchmark_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no benchmark files: ASN_RL_DATA is not set and there is no {beside}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Something that compiles C."""
+    if not native.available():
+        pytest.skip("no C compiler: the passes over the vocabulary cannot be compiled")
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> None:
+    """Triton, interpreting its kernels where there is no GPU."""
+    if not fused.available(torch.device("cpu")):
+        pytest.skip("Triton is not installed, or does not interpret")

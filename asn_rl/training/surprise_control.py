@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from asn_rl.errors import DataError, InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.ops.context import CONTEXT, mean_surprise
 from asn_rl.ops.divergences import kl
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.ops.logprobs import expectation, normalize
-from asn_rl.ops.sketch import invert_cdf
 from asn_rl.placement import device_of
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import checked_probs

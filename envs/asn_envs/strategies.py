@@ -13,7 +13,7 @@ from torch import Tensor
 from asn_envs.generation import Drawn, Generation
 from asn_envs.infos import Info
 from asn_rl.errors import ConfigError, InvalidValue
-from asn_rl.ops.sketch import invert_cdf
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.placement import place
 from asn_rl.protocols import Policy
 from asn_rl.registry import load_attribute

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asn_rl.errors import InvalidLogits, InvalidValue
 from asn_rl.ops import context, logprobs
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.ops.sketch import (
     PointMap,
     Sketch,
@@ -20,7 +21,6 @@ from asn_rl.ops.sketch import (
     build_sketch,
     choose_tokens,
     expand,
-    invert_cdf,
     points_of,
     token_points,
 )

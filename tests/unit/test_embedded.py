@@ -12,8 +12,9 @@ import pytest
 import transformers
 
 from asn_rl.backends import BackendConfig, embedded, load_backend
-from asn_rl.backends.embedded import MANIFEST, EmbeddedModel, cache_dir, resolve_model
+from asn_rl.backends.embedded import MANIFEST, EmbeddedModel, resolve_model
 from asn_rl.errors import BackendError, UnknownName
+from asn_rl.files import cache_dir
 
 NAME = "tiny-model"
 

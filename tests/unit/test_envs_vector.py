@@ -16,7 +16,7 @@ from asn_envs.vector import DecodingVectorEnv
 from asn_policies import Pipeline
 from asn_rl.backends.toy import ToyBackend, ToySession
 from asn_rl.errors import InvalidValue, UnknownName
-from asn_rl.ops.sketch import invert_cdf
+from asn_rl.ops.draws import invert_cdf
 from asn_rl.replay import replay
 from asn_rl.rollout import RolloutConfig, rollout, uniform_stream
 from asn_rl.types import Observation, PolicyOutput, State
