@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asn_policies import DistributionAwareTransform, LocalTransform, Pipeline, PolicyModule, SamplingNetwork
 from asn_policies.cost import measure_cost
+from asn_policies.fallback import Fallback
 from asn_policies.recurrent import RecurrentPolicy
 from asn_policies.strategy import SequenceStrategy, TokenStrategy
 from asn_policies.token_features import TokenFeatureNetwork
@@ -51,6 +52,14 @@ ELSEWHERE: dict[str, Callable[[], PolicyModule]] = {
     "strategy by token": lambda: TokenStrategy(STRATEGIES, 16, start="base", confident_above=0.9471),
     "strategy by token, context-free": lambda: TokenStrategy(STRATEGIES, context_free=True),
 }
+# The observations here have an entropy on either side of one nat: some rows are the network's, some the rule's.
+GUARDED: dict[str, Callable[[], PolicyModule]] = {
+    "fallback": lambda: Fallback(
+        {"policy": "asn_policies:LocalTransform", "arguments": {"hidden": 16}},
+        steps(temperature={"temperature": 1.73}),
+        {"entropy": [0.0, 1.0]},
+    ),
+}
 # Networks that read more than a sketch and the context.
 CONTEXTUAL: dict[str, Callable[[], PolicyModule]] = {
     "token features": lambda: TokenFeatureNetwork(8, 6, ["history", "layer_logprobs"], layer_count=2, token_width=6),
@@ -84,8 +93,8 @@ PIPELINES: dict[str, list[dict[str, object]]] = {
     "frequency, presence": steps(frequency_presence={"frequency": 0.73, "presence": -0.31}),
     "layer contrast": steps(layer_contrast={"alpha": 0.0713}),
 }
-LEARNED = {**NETWORKS, **ELSEWHERE, **CONTEXTUAL, **STATEFUL}
-STATELESS = [*NETWORKS, *ELSEWHERE, *CONTEXTUAL, *(name for name in PIPELINES if "mirostat" not in name)]
+LEARNED = {**NETWORKS, **ELSEWHERE, **GUARDED, **CONTEXTUAL, **STATEFUL}
+STATELESS = [*NETWORKS, *ELSEWHERE, *GUARDED, *CONTEXTUAL, *(name for name in PIPELINES if "mirostat" not in name)]
 EVERY = [*LEARNED, *PIPELINES]
 
 
