@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from asn_rl.errors import InvalidLogits, InvalidValue
-from asn_rl.ops.vocabulary import NOTHING, OCTAVES, Summary, passes
+from asn_rl.ops.vocabulary import NOTHING, OCTAVES, Summary, passes, reference
 from asn_rl.ops.vocabulary.octaves import FLOOR_NATS, half_octaves, tail_start
 
 
@@ -302,21 +302,25 @@ def expand(logits: Tensor, points: PointMap, shift: Tensor, out: Tensor | None =
     table[..., :NOTHING] = -math.inf
     rows = _rows(logits)
     boundary = points.boundary.reshape(len(rows), 1)
-    moved = passes(rows).move(rows, boundary, table.reshape(len(rows), -1), None if out is None else _rows(out))
+    differentiable = torch.is_grad_enabled() and shift.requires_grad
+    implementation = reference if differentiable else passes(rows)  # the compiled ones have no backward pass
+    moved = implementation.move(rows, boundary, table.reshape(len(rows), -1), None if out is None else _rows(out))
     moved = moved.reshape(logits.shape)
-    _put(moved, points.head_ids, head_values, points.head_slot >= 0)
+    moved = _put(moved, points.head_ids, head_values, points.head_slot >= 0)
     if points.own_ids is not None and own is not None and own_values is not None:
-        _put(moved, own, own_values, points.own_ids >= 0)
+        moved = _put(moved, own, own_values, points.own_ids >= 0)
     return moved
 
 
-def _put(into: Tensor, ids: Tensor, values: Tensor, valid: Tensor) -> None:
-    """Set `into` (..., V) at the valid ones of different `ids` (..., n). Invalid entries repeat what the first valid
-    one sets, or nothing new: no shape depends on the values, so that a GPU need not be waited for."""
+def _put(into: Tensor, ids: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """`into` (..., V) with `values` at the valid ones of different `ids` (..., n); in place where no gradient is asked
+    for. Invalid entries repeat what the first valid one sets, or nothing new: no shape depends on the values, so that a
+    GPU need not be waited for."""
     first = valid.int().argmax(-1, keepdim=True)
     anchor = ids.gather(-1, first)
     value = torch.where(valid.gather(-1, first), values.gather(-1, first), into.gather(-1, anchor))
-    into.scatter_(-1, torch.where(valid, ids, anchor), torch.where(valid, values, value))
+    scatter = into.scatter if into.requires_grad else into.scatter_
+    return scatter(-1, torch.where(valid, ids, anchor), torch.where(valid, values, value))
 
 
 def _as_tail_point(values: Tensor, points: PointMap) -> Tensor:

@@ -104,6 +104,19 @@ def test_log_weights_may_take_the_place_of_the_logits(compiler: None) -> None:
     assert torch.equal(rows, expected)
 
 
+def test_gradients_reach_the_shift_of_every_point(compiler: None) -> None:
+    """Log-probs of the vocabulary as a function of the shift: head and tail take part."""
+    rows = rows_of(300, 5)[:1]
+    sketch, points = build_sketch(rows, SketchSize(8, 4))
+    shift = torch.zeros(sketch.log_mass.shape, requires_grad=True)
+    expand(rows, points, shift).log_softmax(-1)[0, :40].sum().backward()
+    assert shift.grad is not None
+    mass = sketch.log_mass.exp()
+    where = token_points(rows, points)[0, :40]
+    expected = torch.zeros(12).scatter_add_(0, where, torch.ones(40)) - 40 * mass[0]
+    torch.testing.assert_close(shift.grad[0], expected, rtol=0, atol=1e-4)
+
+
 def test_an_implementation_can_be_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "fastest")
     with pytest.raises(InvalidValue, match="one of reference, native, fused, got 'fastest'"):

@@ -22,7 +22,7 @@ from asn_rl.ops.vocabulary.octaves import NOTHING, OCTAVES, Summary
 VARIABLE = "ASN_RL_PASSES"
 IMPLEMENTATIONS = ("reference", "native", "fused")
 
-__all__ = ["IMPLEMENTATIONS", "NOTHING", "OCTAVES", "VARIABLE", "Passes", "Summary", "passes"]
+__all__ = ["IMPLEMENTATIONS", "NOTHING", "OCTAVES", "VARIABLE", "Passes", "Summary", "passes", "reference"]
 
 
 class Passes(Protocol):
