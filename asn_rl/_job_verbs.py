@@ -63,8 +63,23 @@ def _verify(job: Job, options: argparse.Namespace) -> int:
 
 def _label(job: Job, options: argparse.Namespace) -> None:
     from asn_rl.job import label
+    from asn_rl.rewards.compose import unique_names
 
-    label(job, *_engine(options))
+    again: list[str] = []
+    if options.retry_masked is not None:
+        again = [options.retry_masked] if options.retry_masked else unique_names(job.scorers)
+    label(job, *_engine(options), retry=again)
+
+
+def _label_options(parser: argparse.ArgumentParser) -> None:
+    _engine_options(parser)
+    parser.add_argument(
+        "--retry-masked",
+        nargs="?",
+        const="",
+        metavar="LABELLER",
+        help="ask again for scores that are masked, of this labeller or of all: a server or a checker may have failed",
+    )
 
 
 def _select(job: Job, options: argparse.Namespace) -> None:
@@ -205,7 +220,7 @@ JOB_VERBS = {
         _verify,
         lambda parser: parser.add_argument("--fix", action="store_true", help="generate what is missing"),
     ),
-    "label": JobVerb("score the candidates with every labeller", _label, _engine_options),
+    "label": JobVerb("score the candidates with every labeller", _label, _label_options, "--retry-masked"),
     "select": JobVerb(
         "rate the heuristics prompt by prompt, keep the best candidates; which rule wins where",
         _select,

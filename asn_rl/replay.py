@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from asn_rl.errors import DataError
-from asn_rl.observing import checked_needs, history_entry, layer_entry
+from asn_rl.observing import checked_entries, checked_needs, history_entry, layer_entry
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.history import History, empty_history, remember
 from asn_rl.ops.sketch import build_sketch, points_of
@@ -40,6 +40,8 @@ def replay(
     sample: Sequence[int] | None = None,
     logprobs: Sequence[Sequence[float]] | None = None,
     conditions: Tensor | None = None,
+    prompt_ids: Sequence[Sequence[int]] | None = None,
+    capture: Collection[str] = (),
 ) -> tuple[Trajectories, Mismatch | None]:
     """Trajectories of given completions under `policy`, which need not have sampled them.
 
@@ -49,22 +51,28 @@ def replay(
         logprobs: log-probs recorded where the text was sampled. They are kept as the behaviour log-probs, and the
             mismatch to the replayed ones is reported.
         conditions: (B, n) what the policy is conditioned on.
+        prompt_ids: token ids of the prompts, which are then not encoded again; default: the backend encodes them.
+        capture: optional observation entries to record beside those the policy needs, for another policy to read.
 
     Raises:
         DataError: no completions, an empty one, one over the token budget, a token that the base model gives no
-            probability, or lists of different lengths.
+            probability, a prompt that is empty or leaves no room in the context, or lists of different lengths.
     """
-    _check_lengths(prompts, completion_ids, sample, logprobs, conditions)
+    _check_lengths(prompts, completion_ids, sample, logprobs, conditions, prompt_ids)
     place(policy, backend.device)
     ids = [_checked_completion(backend, p, row, config) for p, row in zip(prompts, completion_ids, strict=True)]
-    encoded = encoded_prompts(backend, prompts, config.max_new_tokens)
-    hidden = bool(checked_needs(policy) & {"hidden", "prompt_embedding"})
+    if prompt_ids is None:
+        encoded = encoded_prompts(backend, prompts, config.max_new_tokens)
+    else:
+        encoded = [_checked_prompt(backend, p, row, config) for p, row in zip(prompts, prompt_ids, strict=True)]
+    needs = checked_entries("capture", capture) | checked_needs(policy)
+    hidden = bool(needs & {"hidden", "prompt_embedding"})
     parts: dict[int, Trajectories] = {}
-    layers = captured_layers(checked_needs(policy), config)
+    layers = captured_layers(needs, config)
     for scored in backend.score_many(encoded, ids, hidden=hidden, layers=layers):
         i = scored.index
         row = _Row(prompts[i], encoded[i], ids[i], 0 if sample is None else sample[i], _row(conditions, i))
-        parts[i] = _replay_one(policy, backend, row, scored, config)
+        parts[i] = _replay_one(policy, backend, row, scored, config, needs)
     parts_in_order = [parts[i] for i in range(len(prompts))]
     trajectories = concatenate(parts_in_order)
     if logprobs is None:
@@ -81,10 +89,14 @@ def _check_lengths(
     sample: Sequence[int] | None,
     logprobs: Sequence[Sequence[float]] | None,
     conditions: Tensor | None,
+    prompt_ids: Sequence[Sequence[int]] | None,
 ) -> None:
     if not prompts:
         raise DataError("there are no completions to replay; check where they come from")
-    columns = {"completion_ids": completion_ids, "sample": sample, "logprobs": logprobs, "conditions": conditions}
+    columns = {
+        "completion_ids": completion_ids, "sample": sample, "logprobs": logprobs, "conditions": conditions,
+        "prompt_ids": prompt_ids,
+    }  # fmt: skip
     for name, column in columns.items():
         if column is not None and len(column) != len(prompts):
             raise DataError(f"{name} has {len(column)} entries for {len(prompts)} prompts; give one a completion")
@@ -119,17 +131,28 @@ def _checked_completion(backend: LogitsBackend, prompt: Prompt, ids: Sequence[in
     return list(ids)
 
 
+def _checked_prompt(backend: LogitsBackend, prompt: Prompt, ids: Sequence[int], config: RolloutConfig) -> list[int]:
+    room = backend.max_context - config.max_new_tokens
+    if not 0 < len(ids) <= room:
+        raise DataError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={config.max_new_tokens} it must have "
+            f"between 1 and {room}, so that prompt and completion fit into the base model's context"
+        )
+    return list(ids)
+
+
 def _replay_one(
     policy: Policy,
     backend: LogitsBackend,
     row: _Row,
     scored: Scored,
     config: RolloutConfig,
+    needs: frozenset[str],
 ) -> Trajectories:
-    needs, device, ids = checked_needs(policy), backend.device, row.ids
+    device, ids = backend.device, row.ids
     logits, hidden = scored.logits, scored.hidden
     tokens = torch.tensor(ids, device=device).unsqueeze(-1)
-    history = _histories(ids, config.tracked, device) if "history" in needs else None
+    history = histories(ids, config.tracked, device) if "history" in needs else None
     sketch, point_map = build_sketch(logits, config.size, None if history is None else history.tokens)
     seen = (logits, sketch, point_map)
     points = points_of(logits, tokens, point_map)
@@ -183,7 +206,7 @@ def _run_policy(policy: Policy, obs: Observation, device: torch.device) -> Tenso
     return torch.cat(rows)
 
 
-def _histories(ids: Sequence[int], bound: int, device: torch.device) -> History:
+def histories(ids: Sequence[int], bound: int, device: torch.device) -> History:
     """(T, P) tables of one completion: what was known before each of its tokens."""
     now = empty_history(1, bound, device)
     tables = []

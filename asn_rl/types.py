@@ -50,6 +50,8 @@ class Candidate:
     """as sampled, end-of-sequence token included; None: a server that returns text only"""
     terminated: bool
     """True: ended by an end-of-sequence token or a stop string; False: truncated by the token limit"""
+    history: Messages | None = None
+    """the messages it answers where they are its own, in a later turn of a conversation; None: those of its prompt"""
 
     @property
     def key(self) -> Key:

@@ -36,8 +36,8 @@ from asn_rl.backends import load_backend
 from asn_rl.config import load_config
 from asn_rl.data import load_prompts
 from asn_rl.data.sampler import PromptSampler
-from asn_rl.evaluation.off_policy import Resampling, decision_terms, log_ratios
-from asn_rl.evaluation.statistics import Interval, bootstrap
+from asn_rl.evaluation.off_policy import decision_terms, log_ratios
+from asn_rl.evaluation.statistics import Interval, Resampling, bootstrap
 from asn_rl.job import JobConfig
 from asn_rl.mixed_batch import MixedBatch
 from asn_rl.protocols import LogitsBackend

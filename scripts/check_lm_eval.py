@@ -37,8 +37,8 @@ from _harness import (
 )
 
 from asn_rl.errors import AsnError
+from asn_rl.rewards.astronomic import is_astronomic
 from asn_rl.rewards.ifeval import MODES
-from asn_rl.rewards.math import is_astronomic
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.runs import open_run
+from asn_rl.training import parallel
 from asn_rl.training.grpo import GRPOConfig, train
 
 
@@ -34,8 +35,10 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    parallel.join()
     backend, prompts = _recipe.load(options, "train")
-    open_run(options.run, {name: str(value) for name, value in vars(options).items()})
+    with parallel.main_first():
+        open_run(options.run, {name: str(value) for name, value in vars(options).items()})
     spec = check_compatible(options.init, fingerprint=backend.fingerprint)
     if options.reference:
         check_compatible(options.reference, fingerprint=backend.fingerprint, architecture=spec.policy)

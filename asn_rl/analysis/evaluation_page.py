@@ -18,7 +18,8 @@ from asn_rl.analysis.frontier import figures
 from asn_rl.analysis.page import STYLE, svg, table
 from asn_rl.evaluation.leaderboard import leaderboard
 from asn_rl.evaluation.metrics import parse_name
-from asn_rl.evaluation.record import Record, as_interval, check_record
+from asn_rl.evaluation.record import Record, check_record
+from asn_rl.evaluation.statistics import as_interval
 from asn_rl.evaluation.verdict import BETTER, NO_CLAIM, claim, signed, verdict
 from asn_rl.files import write_whole
 from asn_rl.runs import console
@@ -118,12 +119,20 @@ def _section(name: str, task: Row) -> list[str]:
     return [
         f"<h2>{html.escape(name)}</h2>",
         f"<p class='note'>Version {html.escape(str(task['version']))}, split {html.escape(task['split'])}, "
-        f"{_size(task)}. Limits: {html.escape(limits)}. Baseline: {html.escape(task['baseline'])}.</p>",
+        f"{_size(task)}. Limits: {html.escape(limits)}. Baseline: {html.escape(task['baseline'])}.{_judge(task)}</p>",
         _remarks_list(task),
         _wide_table(header, rows),
         svg(made) if made else "",
         _seeds(task),
     ]
+
+
+def _judge(task: Row) -> str:
+    """Whom win rates are against, and who judged."""
+    if not (judge := task.get("judge")):
+        return ""
+    by = " ".join([judge["function"], *(f"{name}={value}" for name, value in judge["arguments"].items())])
+    return f" Win rates: against {html.escape(judge['reference'])}, by {html.escape(by)}."
 
 
 def _cells(task: Row, *, intervals: bool) -> tuple[list[str], list[list[str]]]:
@@ -201,7 +210,7 @@ def _remarks(task: Row) -> list[str]:
     found = [f"Before the run: {task['detectable']['sentence']}"] if task["detectable"] else []
     if masked:
         total = sum(len(task["prompts"]) * arm["samples"] for arm in arms.values())
-        found.append(f"{sum(masked.values())} of {total} completions are masked: not counted as right or as wrong.")
+        found.append(f"{sum(masked.values())} of {total} completions are masked: not counted for or against an arm.")
     for metric in task["metrics"]:
         left = {name: arm["metrics"][metric]["masked"] for name, arm in arms.items() if metric in arm["metrics"]}
         if any(left.values()):

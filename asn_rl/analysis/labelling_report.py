@@ -12,6 +12,8 @@ import numpy as np
 
 from asn_rl.analysis.page import STYLE, figure, svg, table
 from asn_rl.errors import ConfigError
+from asn_rl.evaluation.statistics import as_interval
+from asn_rl.evaluation.verdict import BETTER, NO_CLAIM, verdict
 from asn_rl.labelling.labels import read_counts
 from asn_rl.labelling.records import folder_name, read_file, read_prompts
 from asn_rl.labelling.select import SELECTED
@@ -58,10 +60,9 @@ def headline(summary: Row) -> str:
     if gain is None:
         return f"What choosing by prompt gains cannot be said with these scores; {wins}."
     numbers = f"{_interval(gain)} over the best single heuristic"
-    if gain["low"] > 0:
-        return f"Choosing the heuristic for each prompt gains {numbers}; {wins}."
-    if gain["high"] < 0:
-        return f"Choosing the heuristic for each prompt loses {numbers}; {wins}."
+    found = verdict(as_interval(gain))
+    if found != NO_CLAIM:
+        return f"Choosing the heuristic for each prompt {'gains' if found == BETTER else 'loses'} {numbers}; {wins}."
     return f"No gain from choosing the heuristic for each prompt can be claimed: {numbers}; {wins}."
 
 

@@ -11,7 +11,7 @@ from asn_rl.analysis.page import STYLE, svg, table
 from asn_rl.analysis.page import figure as make_figure
 from asn_rl.analysis.transfer import Difference, TransferCurves, largest_differences, transfer_curves
 from asn_rl.data.store import load_trajectories
-from asn_rl.evaluation.statistics import Interval
+from asn_rl.evaluation.statistics import as_interval
 from asn_rl.evaluation.verdict import NO_CLAIM
 from asn_rl.evaluation.verdict import verdict as judged
 from asn_rl.job import Job, compare, distil, reinforce
@@ -39,7 +39,7 @@ def verdict(comparison: Mapping[str, Any]) -> str:
         f"difference {gap['mean']:+.3f} with {level} % interval [{gap['low']:+.3f}, {gap['high']:+.3f}]"
     )
     against = f"the best static rule of the grid ({comparison['best_static']})"
-    found = judged(Interval(**gap))
+    found = judged(as_interval(gap))
     if found == NO_CLAIM:
         return f"No difference between the RL policy and {against} can be claimed: {numbers}."
     return f"The RL policy is {found} than {against}: {numbers}."

@@ -142,10 +142,12 @@ class Dispatcher:
             server.clients.append(client)
         if response.is_success:
             return _decoded(server, response)
-        status, crowded = response.status_code, response.status_code in (408, 429)
+        status = response.status_code
+        passing = status in (408, 429) or status >= 500
+        detail = f"{server.url}: status {status}: {response.text[:200]}"
         return _Fault(
-            RequestFailure("status", f"{server.url}: status {status}: {response.text[:200]}"),
-            passing=crowded or status >= 500,
+            RequestFailure("status", detail, final=not passing),
+            passing=passing,
             strike=status >= 500,
             wait_s=_retry_after(response),
         )
@@ -215,7 +217,9 @@ class Dispatcher:
             await asyncio.sleep(min(self.config.backoff_s, left))
 
     async def _problem(self, server: Server) -> str | None:
-        """Why a server is not healthy; None: it is."""
+        """Why a server is not healthy; None: it is, or there is no way to ask."""
+        if self.config.health_path is None:
+            return None
         try:
             async with asyncio.timeout(HEALTH_LIMIT_S):
                 response = await self._health_client.get(server.url + self.config.health_path)

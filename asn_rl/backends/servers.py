@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -41,8 +42,8 @@ class ServersConfig:
     """further attempts at a request that failed for a passing reason"""
     backoff_s: float = 0.5
     """seconds before the first retry; doubles with each, less a deterministic jitter of up to a half"""
-    health_path: str = "/health"
-    """path that answers 2xx to GET while a server is healthy"""
+    health_path: str | None = "/health"
+    """path that answers 2xx to GET while a server is healthy; null: servers have none, and are tried again instead"""
     api_key_env: str | None = None
     """environment variable with the key that is sent as bearer token; null: none is sent"""
     no_server_s: float = 60.0
@@ -59,7 +60,7 @@ class ServersConfig:
         check_at_least(self, 1, "concurrency")
         check_at_least(self, 0, "retries", "no_server_s")
         check_positive(self, "timeout_s", "backoff_s")
-        if not self.health_path.startswith("/"):
+        if self.health_path is not None and not self.health_path.startswith("/"):
             raise InvalidValue("health_path", self.health_path, "a path that starts with /")
 
     @property
@@ -76,6 +77,8 @@ class RequestFailure:
     """timeout: no whole answer in time; refused: no connection, or it broke; status: an HTTP status other than 2xx;
     malformed: an answer that is not what was asked for; no_server: no server was healthy for too long"""
     detail: str
+    final: bool = False
+    """the request itself is refused (a status such as 404): it will fail whenever it is made"""
 
 
 Answer = dict[str, Any] | RequestFailure
@@ -240,6 +243,12 @@ class ServerPool:
         except BaseException:  # Ctrl-C
             future.cancel()
             raise
+
+
+@cache
+def shared_pool(config: ServersConfig) -> ServerPool:
+    """The process-wide pool of these settings; it ends with this process."""
+    return ServerPool(config)
 
 
 CLOSED = "the server pool was closed while requests were under way; keep it open until the last answer is read"

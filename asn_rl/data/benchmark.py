@@ -19,7 +19,7 @@ import yaml
 
 from asn_rl.config import from_dict
 from asn_rl.data.benchmark_files import DataFile, Hub, Row
-from asn_rl.data.benchmark_format import Column, PromptFormat, content
+from asn_rl.data.benchmark_format import FOLLOW_UPS, Column, PromptFormat, content, render
 from asn_rl.data.benchmark_splits import Reader, key_of, unclaimed
 from asn_rl.data.splits import SPLITS, check_split
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName, check_at_least
@@ -120,6 +120,13 @@ class Benchmark:
         if part is not None and not (part == "train" if self.files is None else getattr(self.files, part)):
             raise ConfigError(f"benchmark {self.name!r} takes examples from its {part} part, for which it has no file")
         check_at_least(self, 1, "version", "max_new_tokens")
+        if self.prompt.follow_ups and self.verifiers:
+            raise ConfigError(
+                f"benchmark {self.name!r} has follow_ups and verifiers; a verifier knows one turn, so score further "
+                "turns by scorers or a judge of the evaluation (evaluate.scorers, evaluate.judge)"
+            )
+        if self.prompt.follow_ups and FOLLOW_UPS in (column.name for column in self.columns):
+            raise InvalidValue("column name", FOLLOW_UPS, "another one", "this one holds the further turns")
         if "" in self.stop:
             raise InvalidValue("stop", list(self.stop), "texts of at least one character")
         for kind, names in (("column", [c.name for c in self.columns]), ("verifier", [v.name for v in self.verifiers])):
@@ -210,6 +217,8 @@ def benchmark(split: str, *, name: str, path: str | None = None, verify_checksum
 
 def _prompt(benchmark: Benchmark, row: Row, examples: Sequence[tuple[str, str]]) -> Prompt:
     columns = {column.name: column.value(row.fields, row.where) for column in benchmark.columns}
+    if benchmark.prompt.follow_ups:
+        columns[FOLLOW_UPS] = [render(text, row.fields, row.where) for text in benchmark.prompt.follow_ups]
     asked = content(benchmark.prompt, row.fields, examples, row.where)
     return Prompt(f"{benchmark.name}/{row.part}/{row.key}", asked, columns)
 

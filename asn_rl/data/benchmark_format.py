@@ -13,6 +13,8 @@ from typing import Any, Literal
 from asn_rl.errors import DataError, InvalidValue
 from asn_rl.types import Messages
 
+FOLLOW_UPS = "follow_ups"
+"""column of the user's further turns, where there are any"""
 _PLACE = re.compile(r"\{\{([A-Za-z_]\w*(?:\.\w+)*)\}\}")
 
 
@@ -44,6 +46,9 @@ class PromptFormat:
     """template of the question"""
     form: Literal["chat", "raw"] = "chat"
     """chat: messages, examples being earlier turns; raw: one text, for a base model with its chat template off"""
+    follow_ups: tuple[str, ...] = ()
+    """templates of the user's further turns in a chat, each asked after the answer to the turn before, for example
+    ["{{turns.1}}"]"""
     system: str | None = None
     """system turn of a chat; null: what the model's chat template puts there"""
     target: str = ""
@@ -53,8 +58,11 @@ class PromptFormat:
     few_shot: FewShot | None = None
 
     def __post_init__(self) -> None:
-        if not _PLACE.search(self.text):
-            raise InvalidValue("text", self.text, "a template with at least one {{field}}")
+        for name, template in (("text", self.text), *(("follow_ups", text) for text in self.follow_ups)):
+            if not _PLACE.search(template):
+                raise InvalidValue(name, template, "a template with at least one {{field}}")
+        if self.follow_ups and self.form == "raw":
+            raise InvalidValue("follow_ups", list(self.follow_ups), "none in a raw text", "a conversation needs a chat")
         if self.few_shot is not None and not self.target:
             raise InvalidValue("target", self.target, "the template of an example's answer where there is a few_shot")
         if self.system is not None and self.form == "raw":

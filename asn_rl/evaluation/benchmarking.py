@@ -10,7 +10,7 @@ import numpy as np
 from asn_rl.data.benchmark import Benchmark
 from asn_rl.errors import InvalidValue, check_at_least
 from asn_rl.evaluation.metrics import METRICS
-from asn_rl.evaluation.off_policy import Resampling
+from asn_rl.evaluation.statistics import Resampling
 from asn_rl.evaluation.voting import ANSWER_KEYS
 from asn_rl.rewards.compose import RewardConfig
 
@@ -41,6 +41,13 @@ class EvaluateConfig:
     scorers: tuple[RewardConfig, ...] = ()
     """further scores, {function, arguments}, such as a reward model's or a judge's: each is reported, and the best of k
     is chosen by each"""
+    judge: RewardConfig | None = None
+    """compares every completion with one of the reference's, for example {function: judge_win, arguments: {model:
+    NAME}}: win rates are reported and, where a benchmark has no verifiers, arms are compared by them. Any reward
+    function that reads the column `references` will do; null: none"""
+    reference: str | None = None
+    """rule or policy whose completions the judge compares the others with; null: the best static rule on the selection
+    split. There, where rules are compared by win rate, they meet this rule, or the first of the grid"""
     resamples: int = 10_000
     """bootstrap resamples of the prompts"""
     level: float = 0.95
@@ -54,6 +61,8 @@ class EvaluateConfig:
         for name in ("limit", "max_new_tokens", "stop_early"):
             if getattr(self, name) is not None:
                 check_at_least(self, 1, name)
+        if self.reference is not None and self.judge is None:
+            raise InvalidValue("evaluate.reference", self.reference, "null without a judge", "set evaluate.judge")
         if len(set(self.tasks)) != len(self.tasks):
             raise InvalidValue("evaluate.tasks", list(self.tasks), "names that differ")
         wrong = [k for k in self.ks if not 1 <= k <= self.num_generations]
@@ -74,9 +83,16 @@ class EvaluateConfig:
         return Resampling(self.resamples, self.level, self.seed)
 
 
-def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str]) -> list[str]:
+def primary_metric(benchmark: Benchmark, judged: bool) -> str:
+    """The metric that arms are compared by: the verifier's score, else a judge's win rate, else the first listed."""
+    if benchmark.verifiers:
+        return "accuracy"
+    return "win_rate" if judged else benchmark.metrics[0]
+
+
+def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str], judged: bool = False) -> list[str]:
     """Metrics of a benchmark with their numbers of samples (`pass` becomes `pass@4`), then the scores of its other
-    verifiers and of the scorers, the best of k by these, different words, tokens and truncation."""
+    verifiers and of the scorers, the best of k by these, a judge's win rate, different words, tokens and truncation."""
     several = [k for k in ks if k > 1]
     tails = {
         "": [""],
@@ -85,7 +101,8 @@ def metric_names(benchmark: Benchmark, ks: Sequence[int], scorers: Sequence[str]
         ":verifier": [f":{name}" for name in (*(v.name for v in benchmark.verifiers[1:]), *scorers)],
     }
     best = ["best_of"] if benchmark.verifiers else []  # else nothing says how good the best one is
-    stems = dict.fromkeys([*benchmark.metrics, "score", *best, "distinct_1", "tokens", "truncated"])
+    judge = ["win_rate"] if judged else []
+    stems = dict.fromkeys([*benchmark.metrics, "score", *best, *judge, "distinct_1", "tokens", "truncated"])
     return [
         stem + tail
         for stem in stems

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from asn_rl.evaluation.statistics import Interval, bootstrap, masked_mean, split_by_stratum, stratified_mean
+from asn_rl.evaluation.statistics import as_plain, bootstrap, masked_mean, split_by_stratum, stratified_mean
 from asn_rl.ops.ngrams import distinct_n
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rewards.compose import RewardSuite, score
@@ -92,7 +92,7 @@ def table(
     return [
         {
             "name": result.name,
-            "reward": _as_dict(bootstrap(result.per_prompt(), strata, **options)),
+            "reward": as_plain(bootstrap(result.per_prompt(), strata, **options)),
             "difference": paired_difference(result, anchor, strata, **options),
             "by_stratum": by_stratum(result.per_prompt(), strata),
             "distinct_3": stratified_mean(result.distinct, strata),
@@ -105,15 +105,11 @@ def table(
 
 def paired_difference(
     result: ArmResult, anchor: ArmResult, strata: Sequence[str], *, resamples: int, level: float, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean difference of two arms on the same prompts, with its interval: mean, low, high."""
     gap = result.per_prompt() - anchor.per_prompt()
-    return _as_dict(bootstrap(gap, strata, resamples=resamples, level=level, seed=seed))
+    return as_plain(bootstrap(gap, strata, resamples=resamples, level=level, seed=seed))
 
 
 def by_stratum(values: np.ndarray, strata: Sequence[str]) -> Mapping[str, float]:
     return {label: float(part.mean()) for label, part in split_by_stratum(values, strata).items()}
-
-
-def _as_dict(interval: Interval) -> dict[str, float]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from asn_rl.errors import InvalidValue
-from asn_rl.evaluation.off_policy import Resampling
 from asn_rl.evaluation.reward_log import RewardLog
-from asn_rl.evaluation.statistics import Interval, bootstrap, masked_mean, stratified_mean
+from asn_rl.evaluation.statistics import Interval, Resampling, as_plain, bootstrap, masked_mean, stratified_mean
+from asn_rl.evaluation.verdict import BETTER, signed, verdict
 from asn_rl.training.bandit import BanditConfig, cross_fit, expected_rewards
 
 ORACLE, STATIC, MIXTURE, CONTEXT, SHUFFLED = "oracle", "static", "mixture", "context", "shuffled context"
@@ -42,8 +42,8 @@ class HeadroomReport:
 
     @property
     def positive(self) -> bool:
-        """The interval of oracle minus static lies above zero."""
-        return self.gains[f"{ORACLE} - {STATIC}"].low > 0
+        """The interval of oracle minus static allows to call the oracle better."""
+        return verdict(self.gains[f"{ORACLE} - {STATIC}"]) == BETTER
 
     @property
     def verdict(self) -> str:
@@ -53,23 +53,23 @@ class HeadroomReport:
         static, context = " or ".join(self.static), ", which the features already give in part:"
         if not self.positive:
             return (
-                f"No headroom shown ({size}): choosing the action by prompt gains {_signed(gain)} over {static}, and "
-                "that interval does not lie above zero. Do not train a policy that adapts by prompt on this; log more "
+                f"No headroom shown ({size}): choosing the action by prompt gains {signed(gain)} over {static}, and "
+                "that interval does not show a gain. Do not train a policy that adapts by prompt on this; log more "
                 f"prompts or samples if a gain of up to {gain.high:.3f} would be worth having."
             )
-        if not learned.low > 0:
+        if verdict(learned) != BETTER:
             context = "; the features do not give it yet:"
         return (
-            f"Adaptation by prompt can help ({size}): choosing the action by prompt gains {_signed(gain)} over "
-            f"{static}{context} a bandit on them gains {_signed(learned)}."
+            f"Adaptation by prompt can help ({size}): choosing the action by prompt gains {signed(gain)} over "
+            f"{static}{context} a bandit on them gains {signed(learned)}."
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         plain = ("static", "prompts", "actions", "samples", "positive", "verdict")
         return {
-            "rewards": {name: vars(interval) for name, interval in self.rewards.items()},
-            "gains": {name: vars(interval) for name, interval in self.gains.items()},
+            "rewards": {name: as_plain(interval) for name, interval in self.rewards.items()},
+            "gains": {name: as_plain(interval) for name, interval in self.gains.items()},
             **{name: getattr(self, name) for name in plain},
         }
 
@@ -129,7 +129,3 @@ def split_half_choices(log: RewardLog) -> tuple[np.ndarray, np.ndarray, tuple[in
         chosen.append(int(np.argmax([stratified_mean(action, log.strata) for action in chosen_on.T])))
         static.append(scored_on[:, chosen[-1]])
     return masked_mean(np.stack(oracle, 1)), masked_mean(np.stack(static, 1)), (chosen[0], chosen[1])
-
-
-def _signed(gain: Interval) -> str:
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from asn_rl.errors import DataError
-from asn_rl.evaluation.off_policy import Resampling
-from asn_rl.evaluation.record import Record, as_plain, check_record, differences, values_of, with_differences
-from asn_rl.evaluation.statistics import bootstrap
+from asn_rl.evaluation.record import Record, check_record, differences, values_of, with_differences
+from asn_rl.evaluation.statistics import Resampling, as_plain, bootstrap
 
 _AGREE = ("version", "fingerprint", "split", "limits", "primary", "level", "prompts", "strata")
 
@@ -52,8 +51,11 @@ def merge_records(records: Mapping[str, Record]) -> Record:
 def _merged_task(name: str, runs: Mapping[str, Record]) -> Record:
     first = next(iter(runs))
     task = runs[first]
+    judged = {run: other for run, other in runs.items() if "judge" in other}
     for run, other in runs.items():
-        _check_same(name, (first, task), (run, other))
+        _check_same(name, (first, task), (run, other), _AGREE)
+    for run, other in judged.items():  # win rates against another arm, or by another judge, are other figures
+        _check_same(name, next(iter(judged.items())), (run, other), ("judge",))
     named = _arm_names(runs)
     baseline = named[first, task["baseline"]]
     notes = [f"{run}: {note}" if len(runs) > 1 else note for run, other in runs.items() for note in other["notes"]]
@@ -70,12 +72,13 @@ def _merged_task(name: str, runs: Mapping[str, Record]) -> Record:
             for arm in other["arms"]:
                 arms[named[run, arm]].pop("seeds", None)
     metrics = list(dict.fromkeys(metric for other in runs.values() for metric in other["metrics"]))
-    together = {**task, "metrics": metrics, "baseline": baseline, "notes": notes, "arms": arms}
+    judge = [{"judge": other["judge"]} for other in judged.values()]
+    together = {**task, **(judge or [{}])[0], "metrics": metrics, "baseline": baseline, "notes": notes, "arms": arms}
     return with_differences(together) if len(runs) > 1 else together
 
 
-def _check_same(name: str, one: tuple[str, Record], other: tuple[str, Record]) -> None:
-    for key in _AGREE:
+def _check_same(name: str, one: tuple[str, Record], other: tuple[str, Record], keys: Sequence[str]) -> None:
+    for key in keys:
         mine, theirs = one[1][key], other[1][key]
         if mine != theirs:
             if isinstance(mine, list):

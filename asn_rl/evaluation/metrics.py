@@ -6,11 +6,9 @@ is drawn. NaN is masked: a masked sample is left out, and a prompt with fewer th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
@@ -19,11 +17,8 @@ import numpy as np
 from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.evaluation.samples import Samples, by_group, by_texts
 from asn_rl.evaluation.statistics import masked_mean
-from asn_rl.evaluation.voting import expected_best_of, pass_at_k
+from asn_rl.evaluation.voting import expected_best_of, pass_at_k, vote_at_k
 from asn_rl.ops.ngrams import distinct_n, self_bleu
-
-NO_ANSWER = -1
-"""code of a completion that gives no answer: it is drawn, but casts no vote"""
 
 
 def accuracy(samples: Samples) -> np.ndarray:
@@ -65,47 +60,6 @@ def majority_at(samples: Samples, k: int) -> np.ndarray:
     return by_group(samples, k, lambda i, kept: vote_at_k(samples.answers[i][kept], k))  # type: ignore[index]
 
 
-def vote_at_k(answers: Sequence[int] | np.ndarray, k: int) -> float:
-    """Mean over all choices of k of these answers of the majority vote's credit (`voting.vote_credit`).
-
-    Args:
-        answers: n codes: 0 is correct, -1 casts no vote.
-
-    Raises:
-        InvalidValue: k outside [1, n].
-    """
-    if not 1 <= k <= len(answers):
-        raise InvalidValue("k", k, f"an integer in [1, {len(answers)}]")
-    codes, counts = np.unique(np.asarray(answers), return_counts=True)
-    found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
-    correct, silent = found.pop(0, 0), found.pop(NO_ANSWER, 0)
-    return _vote_at_k(correct, tuple(sorted(found.values())), silent, k)
-
-
-@lru_cache(maxsize=100_000)
-def _vote_at_k(correct: int, others: tuple[int, ...], silent: int, k: int) -> float:
-    """For each number of correct votes, counts the choices in which no other answer gets more: a product of
-    polynomials, one for each answer that could tie (in whole numbers, so that nothing is rounded or overflows)."""
-    total = correct + sum(others) + silent
-    won = Fraction(0)
-    for votes in range(1, min(correct, k) + 1):
-        rivals, rest = [count for count in others if count >= votes], k - votes
-        harmless = total - correct - sum(rivals)
-        ways = np.zeros((len(rivals) + 1, rest + 1), dtype=object)  # [answers that tie, samples chosen]
-        ways[0] = [math.comb(harmless, chosen) for chosen in range(rest + 1)]
-        for count in rivals:
-            fewer = sum(_shifted(ways, v) * math.comb(count, v) for v in range(min(votes, rest + 1)))
-            tied = _shifted(ways, votes) * math.comb(count, votes) if votes <= rest else np.zeros_like(ways)
-            ways = fewer + np.vstack([np.zeros((1, rest + 1), dtype=object), tied[:-1]])
-        credit = sum(Fraction(int(count), 1 + ties) for ties, count in enumerate(ways[:, rest]))
-        won += math.comb(correct, votes) * credit
-    return float(won / math.comb(total, k))
-
-
-def _shifted(ways: np.ndarray, by: int) -> np.ndarray:
-    return np.hstack([np.zeros((len(ways), by), dtype=object), ways[:, : ways.shape[1] - by]])
-
-
 def best_of(samples: Samples, k: int, scorer: str) -> np.ndarray:
     """(P, A) mean score of the sample of k that `scorer` ranks first, equal ranks sharing their place
     (`voting.expected_best_of`). A sample that the verifier or the scorer masks is left out."""
@@ -115,6 +69,11 @@ def best_of(samples: Samples, k: int, scorer: str) -> np.ndarray:
     return by_group(
         samples, k, lambda i, kept: expected_best_of(ranks[i][kept], samples.scores[i][kept], k), ~np.isnan(ranks)
     )
+
+
+def win_rate(samples: Samples) -> np.ndarray:
+    """(P, A) share of the comparisons with the reference that a judge decides for the arm, ties half."""
+    return masked_mean(_array(samples.wins))
 
 
 def tokens(samples: Samples) -> np.ndarray:
@@ -187,6 +146,7 @@ METRICS: dict[str, Metric] = {
     "pass": Metric(pass_at, ("scores",), "higher", "any of k correct", "@k"),
     "maj": Metric(majority_at, ("scores", "answers"), "higher", "majority of k correct", "@k"),
     "best_of": Metric(best_of, ("scores", "scorers"), "higher", "score of the best of k by a scorer", "@k:scorer"),
+    "win_rate": Metric(win_rate, ("wins",), "higher", "share won against the reference by a judge, ties half"),
     "tokens": Metric(tokens, ("tokens",), "lower", "tokens a completion"),
     "truncated": Metric(truncated, ("truncated",), "lower", "share cut off by the token limit"),
     "cost": Metric(cost, ("tokens",), "lower", "cost of all samples of a prompt"),

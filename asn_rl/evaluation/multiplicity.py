@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from asn_rl.errors import InvalidValue
-from asn_rl.evaluation.off_policy import Resampling
-from asn_rl.evaluation.statistics import Interval, split_by_stratum
+from asn_rl.evaluation.statistics import Interval, Resampling, split_by_stratum
 
 _BATCH = 1_000_000
 """draws held at a time"""

@@ -21,32 +21,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from asn_rl.errors import DataError, InvalidValue, check_at_least
+from asn_rl.errors import DataError, InvalidValue
 from asn_rl.evaluation.reward_log import RewardLog, check_distribution
-from asn_rl.evaluation.statistics import Interval
+from asn_rl.evaluation.statistics import Interval, Resampling
 from asn_rl.protocols import Policy
 from asn_rl.types import Trajectories
 from asn_rl.unroll import recorded_logprobs
 
 _BATCH = 1_000_000
 """numbers held at a time by the bootstrap"""
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made: prompts are resampled within their stratum, each with all of its samples."""
-
-    resamples: int = 10_000
-    """bootstrap resamples of the prompts"""
-    level: float = 0.95
-    """coverage of the intervals"""
-    seed: int = 0
-    """keys the resamples"""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "resamples")
-        if not 0 < self.level < 1:
-            raise InvalidValue("level", self.level, "in (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from asn_rl.errors import DataError, InvalidValue
-from asn_rl.evaluation.off_policy import Estimate, Resampling, per_decision
+from asn_rl.evaluation.off_policy import Estimate, per_decision
+from asn_rl.evaluation.statistics import Resampling
 from asn_rl.protocols import Policy
 from asn_rl.types import Trajectories
 

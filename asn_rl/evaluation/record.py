@@ -9,13 +9,14 @@ tasks         name of the benchmark ->
     strata          P labels; every stratum weighs the same
     metrics         names of the metrics, see `metrics.METRICS`
     baseline        the arm that all others are compared with
+    judge           only where one compared arms: function, arguments, and the reference that all others met
     detectable      None, or `power.forecast` from before the run
     notes           sentences about what was masked, missing, cut off or left out
     arms            name ->
         kind          static (a rule of the grid) or policy
         run           the run that it comes from; "" before records are merged
         samples       completions of each prompt
-        masked        completions that the verifier masked
+        masked        completions that the verifier (or the judge, where arms are compared by win rate) masked
         metrics       name -> mean, low, high (None: a stratum without a value), masked (prompts without a value)
         values        P numbers, the primary metric by prompt; None: masked
         difference    None (the baseline itself, or too few prompts), or of the primary metric, the arm minus the
@@ -39,9 +40,8 @@ import numpy as np
 from asn_rl.errors import DataError, InvalidValue, UnknownName
 from asn_rl.evaluation.metrics import measure, parse_name
 from asn_rl.evaluation.multiplicity import compare_all
-from asn_rl.evaluation.off_policy import Resampling
 from asn_rl.evaluation.samples import Samples
-from asn_rl.evaluation.statistics import Interval, bootstrap
+from asn_rl.evaluation.statistics import Resampling, as_plain, bootstrap, finite_or_none
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -64,6 +64,8 @@ class TaskSettings:
     """for example {"prompts": None, "tokens": 256}; None: no limit"""
     primary: str = "accuracy"
     """the metric that arms are compared by; more is better"""
+    judge: Mapping[str, Any] | None = None
+    """what win rates come from: function, arguments, reference"""
     how: Resampling = field(default_factory=Resampling)
 
 
@@ -99,6 +101,7 @@ def task_record(
         raise InvalidValue("kinds", sorted(kinds), f"one for each arm: {sorted(samples.arms)}")
     names = list(dict.fromkeys([settings.primary, *metrics]))
     measured = {name: measure(samples, name) for name in names}
+    masked = _masked(samples, settings.primary)
     task: Record = {
         "version": settings.version,
         "fingerprint": settings.fingerprint,
@@ -112,6 +115,7 @@ def task_record(
         "strata": list(samples.strata),
         "metrics": names,
         "baseline": baseline,
+        **({"judge": dict(settings.judge)} if settings.judge else {}),
         "detectable": dict(detectable) if detectable else None,
         "notes": list(notes),
         "arms": {
@@ -119,11 +123,11 @@ def task_record(
                 "kind": kinds[arm],
                 "run": "",
                 "samples": samples.samples,
-                "masked": int(np.isnan(samples.scores[:, i]).sum()),
+                "masked": int(masked[:, i].sum()),
                 "metrics": {
                     name: _estimate(values[:, i], samples.strata, settings.how) for name, values in measured.items()
                 },
-                "values": [_finite(value) for value in measured[settings.primary][:, i]],
+                "values": [finite_or_none(value) for value in measured[settings.primary][:, i]],
                 "difference": None,
             }
             for i, arm in enumerate(samples.arms)
@@ -166,18 +170,6 @@ def differences(
     compared = compare_all(np.stack([gaps[name] for name in names], 1), strata, how)
     rows = zip(names, compared.intervals, compared.holm, strict=True)
     return {name: {**as_plain(gap), "p_holm": p} for name, gap, p in rows}, [n for n in gaps if not enough[n]]
-
-
-def as_interval(plain: Mapping[str, float | None]) -> Interval:
-    """Of a difference; None is an infinite bound."""
-    mean, low, high = plain["mean"], plain["low"], plain["high"]
-    assert mean is not None
-    return Interval(mean, -math.inf if low is None else low, math.inf if high is None else high)
-
-
-def as_plain(interval: Interval) -> dict[str, float | None]:
-    """mean, low, high; an infinite bound is None, which JSON has."""
-    return {name: _finite(value) for name, value in vars(interval).items()}
 
 
 def values_of(arm: Mapping[str, Any]) -> np.ndarray:
@@ -231,5 +223,7 @@ def _estimate(values: np.ndarray, strata: Sequence[str], how: Resampling) -> dic
     return {**as_plain(found), "masked": masked}
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _masked(samples: Samples, primary: str) -> np.ndarray:
+    """(P, A, S) completions without the score that the primary metric is a mean of; none where it reads the texts."""
+    values = {"scores": samples.scores, "wins": samples.wins}.get(parse_name(primary).metric.needs[0])
+    return np.zeros(samples.scores.shape, bool) if values is None else np.isnan(values)

@@ -31,6 +31,8 @@ class Samples:
     """scores by which the best of k is chosen; NaN: masked"""
     verifiers: Mapping[str, np.ndarray] = field(default_factory=dict)
     """scores of further verifiers; NaN: masked"""
+    wins: np.ndarray | None = None
+    """1 where a judge prefers the completion to the reference's, 0.5 for a tie, 0 where not; NaN: masked"""
     texts: Sequence[Sequence[Sequence[str | None]]] | None = None
     """P x A x S completions; None: not generated"""
     encoder: str | None = None
@@ -41,6 +43,7 @@ class Samples:
     def __post_init__(self) -> None:
         shape = (len(self.strata), len(self.arms), self.scores.shape[-1])
         arrays = {"scores": self.scores, "tokens": self.tokens, "truncated": self.truncated, "answers": self.answers}
+        arrays["wins"] = self.wins
         for name, array in {**arrays, **self.scorers, **self.verifiers}.items():
             if array is not None and array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, f"{shape}: (strata, arms, samples)")

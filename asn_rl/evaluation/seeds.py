@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from asn_rl.errors import InvalidValue
-from asn_rl.evaluation.off_policy import Resampling
-from asn_rl.evaluation.statistics import Interval, bootstrap, split_by_stratum, stratified_mean
+from asn_rl.evaluation.statistics import Interval, Resampling, as_plain, bootstrap, split_by_stratum, stratified_mean
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class SeedReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         return {
-            "interval": vars(self.interval),
-            "crossed": vars(self.crossed),
+            "interval": as_plain(self.interval),
+            "crossed": as_plain(self.crossed),
             "by_seed": list(self.by_seed),
             "spread": self.spread,
         }

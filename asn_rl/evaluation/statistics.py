@@ -5,12 +5,13 @@ NaN is masked everywhere: a prompt without a value counts in no mean and is neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from asn_rl.errors import InvalidValue
+from asn_rl.errors import InvalidValue, check_at_least
 
 _BATCH = 1_000_000
 """draws held at a time"""
@@ -23,6 +24,39 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: prompts are resampled within their stratum, each with all of its samples."""
+
+    resamples: int = 10_000
+    """bootstrap resamples of the prompts"""
+    level: float = 0.95
+    """coverage of the intervals"""
+    seed: int = 0
+    """keys the resamples"""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "resamples")
+        if not 0 < self.level < 1:
+            raise InvalidValue("level", self.level, "in (0, 1)")
+
+
+def as_interval(plain: Mapping[str, float | None]) -> Interval:
+    """Of a difference; None is an infinite bound."""
+    mean, low, high = plain["mean"], plain["low"], plain["high"]
+    assert mean is not None
+    return Interval(mean, -math.inf if low is None else low, math.inf if high is None else high)
+
+
+def as_plain(interval: Interval) -> dict[str, float | None]:
+    """mean, low, high; an infinite bound is None, which JSON has."""
+    return {name: finite_or_none(value) for name, value in vars(interval).items()}
+
+
+def finite_or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def bootstrap(

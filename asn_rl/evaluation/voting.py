@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from asn_rl.errors import InvalidValue
 from asn_rl.rewards.inputs import completion_text
 from asn_rl.rewards.numeric import last_number, normalised
 
+NO_ANSWER = -1
+"""code of a completion that gives no answer: it is drawn, but casts no vote"""
 Answer = Hashable | None
 """what votes are counted by; None: masked"""
 AnswerKey = Callable[[str], Answer]
@@ -50,6 +54,47 @@ def vote_credit(answers: Sequence[Answer], correct: Hashable) -> float:
     them, else 0. Votes that are all masked give no answer, which is not correct."""
     tied = leaders(answers)
     return 1 / len(tied) if correct in tied else 0.0
+
+
+def vote_at_k(answers: Sequence[int] | np.ndarray, k: int) -> float:
+    """Mean over all choices of k of these answers of the majority vote's credit (`vote_credit`).
+
+    Args:
+        answers: n codes: 0 is correct, -1 casts no vote.
+
+    Raises:
+        InvalidValue: k outside [1, n].
+    """
+    if not 1 <= k <= len(answers):
+        raise InvalidValue("k", k, f"an integer in [1, {len(answers)}]")
+    codes, counts = np.unique(np.asarray(answers), return_counts=True)
+    found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
+    correct, silent = found.pop(0, 0), found.pop(NO_ANSWER, 0)
+    return _vote_at_k(correct, tuple(sorted(found.values())), silent, k)
+
+
+@lru_cache(maxsize=100_000)
+def _vote_at_k(correct: int, others: tuple[int, ...], silent: int, k: int) -> float:
+    """For each number of correct votes, counts the choices in which no other answer gets more: a product of
+    polynomials, one for each answer that could tie (in whole numbers, so that nothing is rounded or overflows)."""
+    total = correct + sum(others) + silent
+    won = Fraction(0)
+    for votes in range(1, min(correct, k) + 1):
+        rivals, rest = [count for count in others if count >= votes], k - votes
+        harmless = total - correct - sum(rivals)
+        ways = np.zeros((len(rivals) + 1, rest + 1), dtype=object)  # [answers that tie, samples chosen]
+        ways[0] = [math.comb(harmless, chosen) for chosen in range(rest + 1)]
+        for count in rivals:
+            fewer = sum(_shifted(ways, v) * math.comb(count, v) for v in range(min(votes, rest + 1)))
+            tied = _shifted(ways, votes) * math.comb(count, votes) if votes <= rest else np.zeros_like(ways)
+            ways = fewer + np.vstack([np.zeros((1, rest + 1), dtype=object), tied[:-1]])
+        credit = sum(Fraction(int(count), 1 + ties) for ties, count in enumerate(ways[:, rest]))
+        won += math.comb(correct, votes) * credit
+    return float(won / math.comb(total, k))
+
+
+def _shifted(ways: np.ndarray, by: int) -> np.ndarray:
+    return np.hstack([np.zeros((len(ways), by), dtype=object), ways[:, : ways.shape[1] - by]])
 
 
 def vote_accuracy(probabilities: Sequence[float], samples: int) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from asn_rl.ops.logprobs import entropy, expectation
 from asn_rl.ops.sketch import build_sketch, expand
 from asn_rl.placement import device_of
 from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
-from asn_rl.replay import _histories, replay
+from asn_rl.replay import histories, replay
 from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Observation, PolicyOutput, Prompt, State, Trajectories
 from asn_rl.unroll import unroll
@@ -67,8 +65,8 @@ def teacher_forced(policy: Policy, backend: LogitsBackend, found: Texts, config:
     Raises:
         DataError: a text without a prompt, a completion over the token budget, or a token without base probability.
     """
-    prompts: list[Any] = [Prompt(str(i), ids) for i, ids in enumerate(found.prompts)]  # type: ignore[arg-type]
-    return replay(_Onlooker(policy), _GivenIds(backend), prompts, found.completions, config)[0]  # type: ignore[arg-type]
+    prompts = [Prompt(str(i), "") for i in range(len(found.prompts))]
+    return replay(_Onlooker(policy), backend, prompts, found.completions, config, prompt_ids=found.prompts)[0]
 
 
 def score_texts(
@@ -111,7 +109,7 @@ def _log_weights(policy: Policy, backend: LogitsBackend, found: Texts, shift: Te
     for part in backend.score_many(found.prompts, found.completions):
         i = part.index
         tracked = "history" in policy.needs
-        own = _histories(found.completions[i], config.tracked, backend.device).tokens if tracked else None
+        own = histories(found.completions[i], config.tracked, backend.device).tokens if tracked else None
         expanded[i] = expand(part.logits, build_sketch(part.logits, config.size, own)[1], parts[i])
     return torch.cat(expanded)
 
@@ -127,16 +125,3 @@ class _Onlooker:
 
     def __call__(self, obs: Observation, state: State | None = None) -> PolicyOutput:
         return PolicyOutput(obs.sketch.log_mass)
-
-
-class _GivenIds:
-    """A base model whose prompts are token ids: what was sampled is never tokenised again."""
-
-    def __init__(self, backend: LogitsBackend) -> None:
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def encode(self, content: Sequence[int]) -> list[int]:
-        return list(content)

@@ -26,12 +26,15 @@ from asn_rl.protocols import LogitsBackend
 from asn_rl.rewards.compose import RewardConfig, unique_names
 from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.runs import console
-from asn_rl.types import Prompt
+from asn_rl.types import Candidate, Messages, Prompt
+
+JUDGED = "win_rate"
+"""what events of the judge are listed under"""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark that can be run."""
+    """A benchmark that can be run, or one turn of its conversations."""
 
     name: str
     benchmark: Benchmark
@@ -40,6 +43,8 @@ class Task:
     backend: LogitsBackend
     rollout: RolloutConfig
     folder: Path
+    after: Task | None = None
+    """the turn before, of a conversation"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Scored:
     texts: list[list[list[str]]]
     events: dict[str, int]
     """by "verifier: event" """
+    wins: np.ndarray | None = None
+    """(P, A, S) the judge's view of each completion against the reference's: 1, 0.5, 0; NaN: masked"""
 
 
 def learned_arms(job: Job) -> list[Arm]:
@@ -88,15 +95,37 @@ def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
     for name in job.config.evaluate.tasks:
         try:
             benchmark = load_benchmark(name)
-            if benchmark.name in (task.name for task in ready):
+            if benchmark.name in (task.benchmark.name for task in ready):
                 raise ConfigError(f"two of evaluate.tasks are called {benchmark.name!r}; give yours another name")
-            ready.append(_task(job, benchmark))
+            ready += _turns(job, benchmark)
         except AsnError as error:
             left_out[name] = str(error)
             console.print(f"[yellow]left out[/] {name}: {error}", highlight=False)
     if not ready:
         raise DataError("no benchmark can be run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
     return ready, left_out
+
+
+def _turns(job: Job, benchmark: Benchmark) -> list[Task]:
+    """The benchmark, and for each follow-up a task that goes on after the one before."""
+    tasks = [_task(job, benchmark)]
+    for turn in range(2, 2 + len(benchmark.prompt.follow_ups)):
+        name = f"{benchmark.name} turn {turn}"
+        task = replace(tasks[-1], name=name, folder=tasks[0].folder.with_name(name), after=tasks[-1])
+        for part in task.prompts.values():
+            silent = [_conversation(prompt, turn) for prompt in part]
+            # One whose answers could fill the context shows now; how long they are is not known yet.
+            encoded_prompts(task.backend, silent, turn * task.rollout.max_new_tokens)
+        tasks.append(task)
+    return tasks
+
+
+def _conversation(prompt: Prompt, turn: int) -> Prompt:
+    """What is asked in a turn after answers that say nothing."""
+    asked, empty = prompt, Candidate(prompt.id, "", 0, "", None, terminated=True)
+    for _ in range(turn - 1):
+        asked = generating.next_turn(prompt, replace(empty, history=generating.as_messages(asked)))
+    return asked
 
 
 def _task(job: Job, benchmark: Benchmark) -> Task:
@@ -117,17 +146,16 @@ def _task(job: Job, benchmark: Benchmark) -> Task:
     return Task(benchmark.name, benchmark, prompts, backend, limits, job.run / "evaluation" / benchmark.name)
 
 
-def run_prompts(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Sequence[Arm]) -> Scored:
-    """Completions of some prompts under all arms in mixed batches, scored by the benchmark's verifiers."""
+def run_prompts(
+    job: Job, task: Task, name: str, prompts: list[Prompt], arms: Sequence[Arm], reference: str | None = None
+) -> Scored:
+    """Completions of some prompts under all arms in mixed batches, scored by the benchmark's verifiers, and compared by
+    the judge with those of a reference arm where one is named."""
     config, folder = job.config.evaluate, task.folder / name
     by_id = {prompt.id: prompt for prompt in prompts}
-    grid = Grid(tuple(by_id), tuple(arm.name for arm in arms), config.seeds)
-    policies = {arm.name: arm.policy for arm in arms}
-    fixed = [arm.name for arm in arms if arm.deterministic]
-    source = generating.InProcess(task.backend, policies, by_id, task.rollout, fixed)
-    generating.generate(CandidateStore(grid, folder / "candidates"), source, folder / "candidates")
+    store = _completed(job, task, name, prompts, arms)
+    grid = store.grid
     write_prompts(folder / "prompts.jsonl", {name: prompts})
-    store = CandidateStore(grid, folder / "candidates")
     verifiers = [RewardConfig(v.function, arguments=dict(v.arguments)) for v in task.benchmark.verifiers]
     configs = [*verifiers, *config.scorers]
     labelling.label(configs, store, by_id, folder / "labels")
@@ -139,6 +167,11 @@ def run_prompts(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Se
     names = [*(v.name for v in task.benchmark.verifiers), *unique_names(config.scorers)]
     candidates = iter(read_candidates([store.location(cell) for cell in np.ndindex(grid.shape)]))
     cells = [[[next(candidates) for _ in grid.seeds] for _ in arms] for _ in prompts]
+    counted, wins = dict(zip(names, places, strict=True)), None
+    if reference is not None and config.judge is not None:
+        counted[JUDGED] = folder / "wins" / labelling.folder_name(reference)
+        counted[JUDGED] /= labelling.folder_name(config.judge.function)
+        wins = _wins(config.judge, store, prompts, cells, reference, counted[JUDGED])
     return Scored(
         prompts,
         dict(zip(names, labels, strict=True)),
@@ -147,11 +180,58 @@ def run_prompts(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Se
         [[[c.completion for c in group] for group in row] for row in cells],
         {
             f"{label}: {event.rpartition('/')[2]}": count
-            for label, place in zip(names, places, strict=True)
+            for label, place in counted.items()
             for event, count in labelling.read_counts(place).items()
             if count
         },
+        wins,
     )
+
+
+def _completed(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Sequence[Arm]) -> CandidateStore:
+    """Completions of some prompts under all arms; in a later turn, after those of the turn before."""
+    folder = task.folder / name / "candidates"
+    grid = Grid(tuple(p.id for p in prompts), tuple(arm.name for arm in arms), job.config.evaluate.seeds)
+    source = generating.InProcess(
+        task.backend,
+        {arm.name: arm.policy for arm in arms},
+        {prompt.id: prompt for prompt in prompts},
+        task.rollout,
+        [arm.name for arm in arms if arm.deterministic],
+        _completed(job, task.after, name, prompts, arms) if task.after else None,
+    )
+    generating.generate(CandidateStore(grid, folder), source, folder)
+    return CandidateStore(grid, folder)
+
+
+def _wins(
+    judge: RewardConfig,
+    store: CandidateStore,
+    prompts: Sequence[Prompt],
+    cells: Sequence[Sequence[Sequence[Candidate]]],
+    reference: str,
+    place: Path,
+) -> np.ndarray:
+    """(P, A, S) what the judge says of each completion against one of the reference's, which tie with themselves."""
+    arm = store.grid.heuristics.index(reference)
+    against = {
+        prompt.id: replace(prompt, columns={**prompt.columns, "references": _references(row[arm])})
+        for prompt, row in zip(prompts, cells, strict=True)
+    }
+    labelling.label([judge], store.without(arm), against, place.parent)
+    wins = labelling.read_labels(place, judge.function, store.grid).scores
+    wins[:, arm] = 0.5
+    return wins
+
+
+def _references(group: Sequence[Candidate]) -> list[str | Messages]:
+    """What a prompt's completions meet, in order. Arms share their draws seed by seed, so each meets the completion of
+    the next seed: with its own, what is compared would not be two independent answers."""
+    whole = [
+        c.completion if c.history is None else [*c.history, {"role": "assistant", "content": c.completion}]
+        for c in group
+    ]
+    return [*whole[1:], whole[0]]
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
@@ -163,6 +243,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
         np.concatenate([part.truncated for part in parts]),
         [row for part in parts for row in part.texts],
         {name: sum(part.events.get(name, 0) for part in parts) for name in events},
+        None if parts[0].wins is None else np.concatenate([part.wins for part in parts if part.wins is not None]),
     )
 
 

@@ -22,6 +22,7 @@ from asn_rl.training.distill import DistillConfig
 from asn_rl.training.grpo import GRPOConfig
 from asn_rl.training.lpo import LPOConfig
 from asn_rl.training.ppo import PPOConfig
+from asn_rl.training.served import ServeConfig
 
 DISTILLED, RL = "distilled", "rl"
 CONTROLS = ("even mixture", "context-free", "shuffled context")
@@ -37,6 +38,20 @@ class PolicySpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     """constructor arguments; where the class takes them, hidden_size is that of the base model, and strategies are the
     heuristics"""
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """A score that the policy is conditioned on: it learns what candidates of every score look like, and is then asked
+    for one (reward-conditioned policies, Kumar et al. 2019, arXiv:1912.13465). The score may be a style."""
+
+    label: str
+    """labeller, by its name among `labellers` (else `rewards`), whose normalised score of a candidate is the condition
+    under which its tokens are taught; one with weight 0 is only for this"""
+    ask: float
+    """score, as the labeller gives it, that is asked for afterwards: in RL, in comparisons, wherever the policy runs"""
+    policy: str = "asn_policies:Asked"
+    """class that holds the conditioned policy and asks"""
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,10 @@ class JobConfig:
     """reward functions, {function, weight, ...}"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicySpec = field(default_factory=PolicySpec)
+    condition: ConditionConfig | None = None
+    """score that the policy is conditioned on in distillation, for example {label: numeric_answer, ask: 1}; needs
+    distill.target tokens, policy.arguments with inputs [condition], and select.top_k that keeps bad candidates, too.
+    null: none"""
     warm_start: bool = True
     """begin RL at what the distillation made; off: at the policy's own start, and nothing is distilled"""
     init: str | None = None
@@ -160,6 +179,9 @@ class JobConfig:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     lpo: LPOConfig = field(default_factory=LPOConfig)
+    serve: ServeConfig | None = None
+    """inference servers that sample the completions of grpo and ppo, for example {engine: vllm, policies: policies,
+    pool: {urls: ["http://127.0.0.1:8000"]}}; null: in this process"""
     compare: CompareConfig = field(default_factory=CompareConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
@@ -171,6 +193,11 @@ class JobConfig:
         check_heuristic_names([heuristic.name for heuristic in self.heuristics])
         if self.threads is not None and self.threads < 1:
             raise InvalidValue("threads", self.threads, ">= 1", "null takes all cores")
+        if self.condition is not None and (self.distill.target != "tokens" or not self.warm_start):
+            found = f"with distill.target {self.distill.target}, warm_start {str(self.warm_start).lower()}"
+            raise InvalidValue("condition", found, "with distill.target tokens, warm_start true", "or null")
+        if self.serve is not None and self.algorithm == "lpo":
+            raise InvalidValue("serve", self.serve.engine, "null with algorithm lpo", "it learns from candidates alone")
 
 
 def check_heuristic_names(names: Sequence[str]) -> None:

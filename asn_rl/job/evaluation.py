@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from asn_rl.errors import ConfigError, DataError, InvalidValue
-from asn_rl.evaluation.benchmarking import answer_codes, metric_names, per_entry
+from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.evaluation.benchmarking import EvaluateConfig, answer_codes, metric_names, per_entry, primary_metric
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import measure, parse_name
 from asn_rl.evaluation.power import PairedDesign, forecast, minimum_detectable_effect, pilot
@@ -20,30 +20,45 @@ from asn_rl.evaluation.samples import Samples
 from asn_rl.evaluation.seeds import seed_report
 from asn_rl.evaluation.sequential import StopDecision, stop_decision
 from asn_rl.evaluation.statistics import masked_mean
-from asn_rl.job.benchmark_runs import Scored, Task, fingerprint, joined, learned_arms, prepared, run_prompts, seed_name
+from asn_rl.job.benchmark_runs import (
+    JUDGED,
+    Scored,
+    Task,
+    fingerprint,
+    joined,
+    learned_arms,
+    prepared,
+    run_prompts,
+    seed_name,
+)
 from asn_rl.job.job import Job
 from asn_rl.rewards.compose import unique_names
 from asn_rl.runs import console, write_json
+from asn_rl.training import parallel
 from asn_rl.types import Prompt
 
 
 def evaluate(job: Job) -> Record:
     """Run every rule of the grid and every policy on the benchmarks of `evaluate.tasks`. The best static rule is chosen
-    on each benchmark's selection split; all comparisons are on its test split.
+    on each benchmark's selection split; all comparisons are on its test split. Each turn of a conversation is a task.
 
     Writes `evaluation/` and `evaluation.json`. What is there is passed over. A benchmark that cannot be run is named in
     the record (`left_out`), and the others go on.
 
     Raises:
         ConfigError: no tasks, or no grid of static rules.
+        UnknownName: a reference that is no arm.
         DataError: no benchmark could be run.
     """
+    parallel.main_alone()
     path, config = job.run / "evaluation.json", job.config.evaluate
     if path.exists():
         return read_record(path)
     if not config.tasks:
         raise ConfigError("evaluate.tasks is empty; name benchmarks, for example --tasks gsm8k,ifeval")
     arms = [*job.static_rules.values(), *learned_arms(job)]
+    if config.reference is not None and config.reference not in (arm.name for arm in arms):
+        raise UnknownName("evaluate.reference", config.reference, [arm.name for arm in arms])
     ready, left_out = prepared(job)
     tasks = {}
     for task in ready:
@@ -56,16 +71,20 @@ def evaluate(job: Job) -> Record:
 
 def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
     config, benchmark = job.config.evaluate, task.benchmark
-    primary = "accuracy" if benchmark.verifiers else benchmark.metrics[0]
-    selection = run_prompts(job, task, "selection", task.prompts["selection"], job.arms)
+    judged = config.judge is not None
+    primary = primary_metric(benchmark, judged)
+    opponent = _selection_reference(job) if primary == "win_rate" else None
+    selection = run_prompts(job, task, "selection", task.prompts["selection"], job.arms, opponent)
     baseline, detectable = _best_static(job, task, _samples(job, task, selection, job.arms), primary, len(arms))
-    scored, decisions = _test(job, task, arms, baseline)
+    reference = (config.reference or baseline) if judged else None
+    scored, decisions = _test(job, task, arms, baseline, reference)
     settings = TaskSettings(
         version=str(benchmark.version),
         fingerprint=fingerprint(task),
         split="test",
         limits={"prompts": config.limit, "tokens": task.rollout.max_new_tokens},
         primary=primary,
+        judge=_judge(config, reference) if reference is not None else None,
         how=config.how,
     )
     ks, scorers = config.ks or (config.num_generations,), unique_names(config.scorers)
@@ -73,7 +92,7 @@ def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
         _samples(job, task, scored, arms),
         [prompt.id for prompt in scored.prompts],
         settings,
-        metrics=metric_names(benchmark, ks, scorers),
+        metrics=metric_names(benchmark, ks, scorers, judged),
         baseline=baseline,
         kinds={arm.name: "static" if arm.name in job.static_rules else "policy" for arm in arms},
         detectable=detectable,
@@ -82,15 +101,31 @@ def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
     return _with_seeds(job, record)
 
 
-def _test(job: Job, task: Task, arms: Sequence[Arm], baseline: str) -> tuple[Scored, dict[str, StopDecision]]:
+def _selection_reference(job: Job) -> str:
+    """Whom the rules of the grid meet on the selection split: all the same one, so that win rates rank them."""
+    names, wanted = [arm.name for arm in job.arms], job.config.evaluate.reference
+    return wanted if wanted in names else names[0]
+
+
+def _judge(config: EvaluateConfig, reference: str) -> dict[str, Any]:
+    assert config.judge is not None
+    return {"function": config.judge.function, "arguments": dict(config.judge.arguments), "reference": reference}
+
+
+def _test(
+    job: Job, task: Task, arms: Sequence[Arm], baseline: str, reference: str | None
+) -> tuple[Scored, dict[str, StopDecision]]:
     """The test prompts, or as many as it takes to know of every policy whether it is better or worse."""
     config, found = job.config.evaluate, []
     decisions: dict[str, StopDecision] = {}
     blocks = _blocks(task.prompts["test"], config.stop_early, config.seed)
     for number, block in enumerate(blocks):
-        found.append(run_prompts(job, task, "test" if config.stop_early is None else f"test-{number:03d}", block, arms))
+        name = "test" if config.stop_early is None else f"test-{number:03d}"
+        found.append(run_prompts(job, task, name, block, arms, reference))
         if config.stop_early is not None:
-            decisions = _decisions(job, _samples(job, task, joined(found), arms), arms, baseline)
+            samples = _samples(job, task, joined(found), arms)
+            values = samples.scores if task.benchmark.verifiers or samples.wins is None else samples.wins
+            decisions = _decisions(job, values, arms, baseline)
             if decisions and all(decision.outcome != "undecided" for decision in decisions.values()):
                 break
     return joined(found), decisions
@@ -155,16 +190,18 @@ def _samples(job: Job, task: Task, scored: Scored, arms: Sequence[Arm]) -> Sampl
         answers=answer_codes(scored.texts, first, task.benchmark.answers) if task.benchmark.answers else None,
         scorers=chosen_by,
         verifiers={v.name: scores[v.name] for v in verifiers[1:]} | chosen_by,
+        wins=scored.wins,
         texts=scored.texts,
         encoder="all-minilm-l6-v2",
     )
 
 
-def _decisions(job: Job, samples: Samples, arms: Sequence[Arm], baseline: str) -> dict[str, StopDecision]:
-    """Of every policy against the best static rule, valid however often it is asked."""
+def _decisions(job: Job, values: np.ndarray, arms: Sequence[Arm], baseline: str) -> dict[str, StopDecision]:
+    """Of every policy against the best static rule by (P, A, S) values in [0, 1], valid however often it is asked."""
     policies = [arm.name for arm in arms if arm.name not in job.static_rules]
     level = 1 - (1 - job.config.evaluate.level) / max(1, len(policies))
-    means = {name: masked_mean(samples.scores[:, samples.arms.index(name)]) for name in [baseline, *policies]}
+    places = {arm.name: i for i, arm in enumerate(arms)}
+    means = {name: masked_mean(values[:, places[name]]) for name in [baseline, *policies]}
     return {name: stop_decision(means[name] - means[baseline], level=level) for name in policies}
 
 
@@ -176,12 +213,27 @@ def _notes(scored: Scored, arms: Sequence[Arm], decisions: Mapping[str, StopDeci
     broken = sum("\ufffd" in text for row in scored.texts for group in row for text in group)
     if broken:
         notes.append(f"{broken} completions hold bytes that are no UTF-8; they were scored with U+FFFD in their place")
+    if (bias := _position_bias(scored.events)) is not None:
+        notes.append(bias)
     if decisions:
         notes.append(
             f"looked at {len(scored.prompts)} of {prompts} prompts in random order; what holds under such looking: "
             + "; ".join(f"{name} {d.outcome} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in decisions.items())
         )
     return notes
+
+
+def _position_bias(events: Mapping[str, int]) -> str | None:
+    """Of a judge that counts as `judge_win` does; None: it gave no valid answer, or does not count."""
+    found = {name.rpartition(": ")[2]: count for name, count in events.items() if name.startswith(JUDGED)}
+    valid, pairs = found.get("answers", 0) - found.get("neither", 0), found.get("pairs", 0)
+    if not (valid and pairs):
+        return None
+    first, disagreed = found.get("first_preferred", 0) / valid, found.get("disagreed", 0) / pairs
+    return (
+        f"the judge took the first of two answers in {first:.0%} of {valid} (50 %: no position bias); the two orders "
+        f"of a pair contradicted each other in {disagreed:.0%} of {pairs} pairs, which are ties"
+    )
 
 
 def _with_seeds(job: Job, record: Record) -> Record:

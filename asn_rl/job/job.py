@@ -21,6 +21,7 @@ from asn_rl.registry import load_attribute
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.runs import console, open_run
 from asn_rl.threads import set_threads
+from asn_rl.training import parallel
 from asn_rl.types import Prompt
 
 GREEDY, BASE = "greedy", "T=1"
@@ -28,12 +29,17 @@ GREEDY, BASE = "greedy", "T=1"
 
 class Job:
     """Every stage leaves its result in the run folder and is skipped when that is there, so the same command continues
-    after an interruption. Policies are known by name only."""
+    after an interruption. Policies are known by name only.
+
+    Started by `accelerate launch` or torchrun, several processes share the stages `distil` and `reinforce`. The other
+    stages are the main process's: there the others end."""
 
     def __init__(self, config: JobConfig, run: str | Path) -> None:
         self.config = config
-        self.run = open_run(run, config)
-        self.threads = set_threads(config.threads)
+        parallel.join()
+        with parallel.main_first():
+            self.run = open_run(run, config)
+        self.threads = set_threads(config.threads or parallel.threads())
 
     @cached_property
     def backend(self) -> LogitsBackend:
@@ -115,21 +121,34 @@ class Job:
         """An untrained policy, its weights drawn by `distill.seed`."""
         return self._made(self.config.policy.name, self.config.policy.arguments)
 
+    def new_asked_policy(self, condition: Sequence[float]) -> TrainablePolicy:
+        """The untrained policy inside `condition.policy`, which asks it for a condition."""
+        assert self.config.condition is not None
+        spec = self.config.policy
+        inner = {"policy": spec.name, "arguments": self._arguments(spec.name, spec.arguments)}
+        return self._made(self.config.condition.policy, {"inner": inner, "condition": list(condition)})
+
     def new_mixture(self) -> TrainablePolicy:
         """An even mixture of the heuristics, the same at every token, whose shares can be trained."""
         return self._made(self.config.mixture, {"context_free": True})
 
     def _made(self, name: str, given: Mapping[str, Any]) -> TrainablePolicy:
-        cls, arguments = load_attribute(name), dict(given)
-        known = inspect.signature(cls.__init__).parameters
+        cls, arguments = load_attribute(name), self._arguments(name, given)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.distill.seed)
+            return cls(**arguments)
+
+    def _arguments(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Constructor arguments of a policy class, those included that the job knows."""
+        arguments, known = dict(given), inspect.signature(load_attribute(name).__init__).parameters
+        if "condition_size" in known and "condition" in arguments.get("inputs", ()):
+            arguments.setdefault("condition_size", 1)
         if "hidden_size" in known and arguments.get("inputs"):
             arguments.setdefault("hidden_size", self.backend.hidden_size)
         if "strategies" in known:
             own = [{"name": spec.name, "processors": spec.processors} for spec in self.heuristics]
             arguments.setdefault("strategies", own)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.distill.seed)
-            return cls(**arguments)
+        return arguments
 
     @property
     def metadata(self) -> dict[str, Any]:

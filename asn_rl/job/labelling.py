@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from asn_rl.backends.server_generation import ServerGenerator
-from asn_rl.errors import BackendError, DataError, UnknownName
+from asn_rl.errors import BackendError, ConfigError, DataError, UnknownName
 from asn_rl.evaluation.comparison import by_stratum
 from asn_rl.evaluation.statistics import masked_mean, split_half_oracle, stratified_mean
 from asn_rl.job.config import GenerationServers
@@ -25,6 +26,7 @@ from asn_rl.labelling.verify import Verification
 from asn_rl.labelling.verify import verify as verified
 from asn_rl.rewards.compose import RewardConfig, combined, unique_names
 from asn_rl.runs import write_json
+from asn_rl.training import parallel
 from asn_rl.training.reward_model import RewardModelReport, train_reward_model
 from asn_rl.types import Prompt
 
@@ -45,6 +47,7 @@ def prompts(job: Job) -> dict[str, list[Prompt]]:
 
 def stores(job: Job) -> dict[str, CandidateStore]:
     """The candidates of each split, as far as they are there; one pass over all records."""
+    parallel.main_alone()
     heuristics, seeds = tuple(arm.name for arm in job.arms), job.config.generate.seeds
     grids = {split: Grid(tuple(p.id for p in part), heuristics, seeds) for split, part in prompts(job).items()}
     return {split: CandidateStore(grids[split], job.run / "candidates" / split) for split in SPLITS}
@@ -95,13 +98,21 @@ def verify(job: Job) -> dict[str, Verification]:
     return {split: verified(candidates) for split, candidates in stores(job).items()}
 
 
-def label(job: Job, engine: labelling.Engine = labelling.local_engine) -> dict[str, CandidateStore]:
+def label(
+    job: Job, engine: labelling.Engine = labelling.local_engine, retry: Collection[str] = ()
+) -> dict[str, CandidateStore]:
     """Score every candidate. Writes `labels/`; prompts that are done are passed over. Returns the candidates of each
     split.
 
+    Args:
+        retry: labellers that are asked again for the candidates they masked; see `asn_rl.labelling.labels.label`.
+
     Raises:
         DataError: a cell has two different texts.
+        UnknownName: `retry` names no labeller of the run.
+        ConfigError: there is something to retry, and candidates are selected already by the labels as they are.
     """
+    _check_retry(job, retry)
     found, texts = generate(job), prompts(job)
     for split, candidates in found.items():
         checked = verified(candidates)
@@ -111,13 +122,26 @@ def label(job: Job, engine: labelling.Engine = labelling.local_engine) -> dict[s
                 "Remove the wrong lines and run the same command again"
             )
         by_id = {prompt.id: prompt for prompt in texts[split]}
-        labelling.label(_scorers(job, split), candidates, by_id, job.run / "labels" / split, engine)
+        labelling.label(_scorers(job, split), candidates, by_id, job.run / "labels" / split, engine, retry)
     return found
+
+
+def _check_retry(job: Job, retry: Collection[str]) -> None:
+    for name in retry:
+        if name not in unique_names(job.scorers):
+            raise UnknownName("labeller of this run", name, unique_names(job.scorers))
+    if retry and (job.run / "selected").exists():
+        raise ConfigError(
+            "candidates are selected already by the labels as they are; to label and select again, remove selected/ "
+            f"and selection.json in {job.run}, and what was learned from them, or copy candidates/, labels/ and "
+            "prompts.jsonl to a new run folder"
+        )
 
 
 def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
     """Rate the heuristics on each training prompt, keep the best candidates, and find the best static rule on the
     selection split. Writes `selected/` and `selection.json`."""
+    parallel.main_alone()
     path = job.run / "selection.json"
     if path.exists():
         return json.loads(path.read_text())

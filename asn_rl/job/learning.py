@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data.store import load_trajectories, save_trajectories
-from asn_rl.errors import DataError
+from asn_rl.errors import ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run_arm, table
 from asn_rl.evaluation.controls import ShuffledContext
+from asn_rl.job.conditioning import lesson_of
 from asn_rl.job.config import CONTROLS, DISTILLED, RL, CompareConfig
 from asn_rl.job.job import BASE, GREEDY, Job
 from asn_rl.job.labelling import label, labels_of, prompts, reward_scores, select
-from asn_rl.labelling.selected import read_selected, read_targets
+from asn_rl.labelling.selected import read_targets
 from asn_rl.labelling.store import read_candidates
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.preference import Pairs, choose_pairs
@@ -27,8 +29,10 @@ from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.replay import replay
 from asn_rl.rewards.compose import combined
 from asn_rl.runs import console, progress, write_json
-from asn_rl.training import grpo, lpo, ppo
+from asn_rl.training import grpo, lpo, parallel, ppo
 from asn_rl.training.distill import distill, sketch_targets
+from asn_rl.training.on_policy import Sampler
+from asn_rl.training.served import served_sampler
 from asn_rl.types import Candidate, Prompt, Trajectories
 
 
@@ -36,17 +40,33 @@ def distil(job: Job) -> TrainablePolicy:
     """Teach the policy, on the states of the selected candidates, each training prompt's target (its winning heuristic,
     or a mixture of heuristics) or the candidates' own tokens. Writes `distilled/`."""
     folder = job.run / DISTILLED
-    if folder.exists():
+    if parallel.from_main(folder.exists()):
         return load_policy(folder)
-    select(job)
-    policy = job.new_policy()
-    trajectories = _replayed(job, policy, read_selected(job.run / "selected"), job.run / "selected" / "trajectories")
+    _select_first(job)
+    lesson = lesson_of(job)
+    policy = lesson.policy
+    trajectories = _replayed(job, policy, lesson.candidates, job.run / "selected" / "trajectories")
+    if lesson.condition is not None:
+        trajectories = trajectories.with_condition(lesson.condition)
     targets, source = _targets(job, trajectories)
-    with MetricsLogger(job.run / "distill") as log:
-        figures = distill(policy, trajectories, targets, job.config.distill, log=log)
-    save_policy(folder, policy, **job.metadata, notes=f"Distilled from {source}.")
-    write_json(job.run / "distill" / "summary.json", dict(figures))
+    with MetricsLogger(job.run / "distill") if parallel.is_main() else nullcontext() as log:
+        figures = distill(lesson.pupil, trajectories, targets, job.config.distill, log=log)
+    with parallel.main_first():
+        if parallel.is_main():
+            save_policy(folder, policy, **job.metadata, notes=f"Distilled from {source}.")
+            write_json(job.run / "distill" / "summary.json", dict(figures))
     return policy
+
+
+def _select_first(job: Job) -> None:
+    """`select`; where several processes train, it must have been done by one."""
+    if parallel.size() == 1:
+        select(job)
+    elif not parallel.from_main((job.run / "selection.json").exists()):
+        raise ConfigError(
+            f"{job.run} holds no selection, and {parallel.size()} processes were started to train; candidates are made "
+            "and labelled by one: run `asn-rl select` with this configuration and run folder first"
+        )
 
 
 def _targets(job: Job, trajectories: Trajectories) -> tuple[Tensor, str]:
@@ -60,9 +80,17 @@ def _targets(job: Job, trajectories: Trajectories) -> tuple[Tensor, str]:
 
 
 def _replayed(job: Job, policy: Policy, candidates: Sequence[Candidate], folder: Path) -> Trajectories:
-    """Training candidates, replayed once through the base model with what `policy` reads; kept in `folder`."""
-    if folder.exists():
-        return load_trajectories(folder)
+    """Training candidates, replayed once, by the main process, through the base model with what `policy` reads; kept in
+    `folder`."""
+    with parallel.main_first():
+        if folder.exists() or not parallel.is_main():
+            return load_trajectories(folder)
+        trajectories = _replay(job, policy, candidates)
+        save_trajectories(folder, trajectories)
+    return trajectories
+
+
+def _replay(job: Job, policy: Policy, candidates: Sequence[Candidate]) -> Trajectories:
     by_id = {prompt.id: prompt for prompt in prompts(job)["train"]}
     textual = [candidate.key for candidate in candidates if not candidate.completion_ids]
     if textual:
@@ -78,7 +106,6 @@ def _replayed(job: Job, policy: Policy, candidates: Sequence[Candidate], folder:
             [list(candidate.completion_ids or ()) for candidate in candidates],
             job.config.rollout,
         )
-    save_trajectories(folder, trajectories)
     return trajectories
 
 
@@ -100,8 +127,10 @@ def _pairs(job: Job, policy: Policy, folder: Path) -> tuple[Trajectories, Pairs]
 
 def reinforce(job: Job) -> TrainablePolicy:
     """RL, or preference optimisation, against an older checkpoint. Writes `policy/` and `checkpoints/`."""
-    if (job.run / "policy").exists():
+    if parallel.from_main((job.run / "policy").exists()):
         return load_policy(job.run / "policy")
+    if job.config.algorithm == "lpo" and parallel.size() > 1:
+        raise ConfigError(f"lpo trains in one process, {parallel.size()} were started; run `asn-rl reinforce` itself")
     start = _start(job)
     anchor = Path(job.config.reference or start)
     spec = check_compatible(start, fingerprint=job.backend.fingerprint)
@@ -117,8 +146,9 @@ def _start(job: Job) -> Path:
         distil(job)
         return job.run / DISTILLED
     folder = job.run / "start"
-    if not folder.exists():
-        save_policy(folder, job.new_policy(), **job.metadata)
+    with parallel.main_first():
+        if not folder.exists():
+            save_policy(folder, job.new_policy(), **job.metadata)
     return folder
 
 
@@ -128,14 +158,25 @@ def _train(job: Job, policy: TrainablePolicy, reference: Policy, run: Path) -> T
         pairs = _pairs(job, policy, run / "pairs")
         return lpo.train(policy, reference, *pairs, config.lpo, run, metadata=job.metadata)
     arguments = (job.backend, job.prompts("train"), job.rewards, config.rollout)
-    if config.algorithm == "ppo":
-        return ppo.train(policy, reference, *arguments, config.ppo, run, metadata=job.metadata)
-    return grpo.train(policy, reference, *arguments, config.grpo, run, metadata=job.metadata)
+    with _sampler(job) as sample:
+        if config.algorithm == "ppo":
+            return ppo.train(policy, reference, *arguments, config.ppo, run, metadata=job.metadata, sample=sample)
+        return grpo.train(policy, reference, *arguments, config.grpo, run, metadata=job.metadata, sample=sample)
+
+
+def _sampler(job: Job) -> AbstractContextManager[Sampler | None]:
+    """Where RL's completions come from; None: this process."""
+    if job.config.serve is None:
+        return nullcontext()
+    return served_sampler(job.config.serve, job.backend, job.config.rollout, job.metadata)
 
 
 def compare(job: Job) -> dict[str, Any]:
     """Greedy, T = 1, the best static rule, what was learned, and the controls if asked for, on the test prompts.
     Writes `comparison.json`, and the completions under `comparison/`."""
+    if parallel.size() > 1:
+        reinforce(job)
+        parallel.main_alone()
     path = job.run / "comparison.json"
     if path.exists():
         return json.loads(path.read_text())

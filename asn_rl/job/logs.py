@@ -12,14 +12,15 @@ from asn_rl.checkpoint import atomic_folder, load_state, save_state
 from asn_rl.errors import DataError, UnknownName
 from asn_rl.evaluation.headroom import HeadroomReport
 from asn_rl.evaluation.headroom import headroom as measured
-from asn_rl.evaluation.off_policy import Resampling
 from asn_rl.evaluation.reward_log import RewardLog, load_reward_log, save_reward_log
+from asn_rl.evaluation.statistics import Resampling
 from asn_rl.job.job import Job
 from asn_rl.job.labelling import SPLITS, label, labels_of, prompts, rewards_of
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.protocols import LogitsBackend
 from asn_rl.rollout import encoded_prompts
 from asn_rl.runs import console, write_json
+from asn_rl.training import parallel
 from asn_rl.types import Prompt
 
 
@@ -32,6 +33,7 @@ def reward_log(job: Job, split: str) -> RewardLog:
     """
     if split not in SPLITS:
         raise UnknownName("split of candidates", split, SPLITS)
+    parallel.main_alone()
     folder = job.run / "logs" / split
     if folder.exists():
         return load_reward_log(folder)

@@ -19,6 +19,7 @@ from asn_rl.evaluation.promotion import PromotionConfig, minimum_detectable_effe
 from asn_rl.evaluation.statistics import stratified_mean
 from asn_rl.job.job import Job
 from asn_rl.runs import console, write_json
+from asn_rl.training import parallel
 from asn_rl.types import Prompt
 
 CANDIDATE, INCUMBENT = "candidate", "incumbent"
@@ -64,6 +65,7 @@ def promote(
         ConfigError: `output` holds another comparison.
         UnknownName: the incumbent is neither a folder nor a rule.
     """
+    parallel.main_alone()
     config, candidate = config or job.config.promotion, Path(candidate)
     output = Path(output or job.run / "promotion")
     place = _place(job, candidate, incumbent, into)

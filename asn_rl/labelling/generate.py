@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from asn_rl.backends.server_generation import GenerationRequest, ServerGenerator
 from asn_rl.backends.servers import RequestFailure
+from asn_rl.data.benchmark_format import FOLLOW_UPS
 from asn_rl.labelling.records import ShardWriter, candidate_record
-from asn_rl.labelling.store import CandidateStore
+from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.mixed_batch import MixedBatch
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.runs import progress
-from asn_rl.types import Candidate, Key, Prompt
+from asn_rl.types import Candidate, Key, Messages, Prompt
 
 Source = Callable[[Sequence[Key]], Iterator[list[Candidate]]]
 """cells -> their candidates, in portions as they are done; cells that could not be had are left out"""
@@ -58,6 +59,8 @@ class InProcess:
     config: RolloutConfig
     deterministic: Collection[str] = ()
     """heuristics that give every seed the same text, which is then decoded once a prompt"""
+    earlier: CandidateStore | None = None
+    """candidates of the turn before: each cell's conversation goes on with its prompt's next follow-up"""
 
     def __call__(self, cells: Sequence[Key]) -> Iterator[list[Candidate]]:
         decoded = _by_text(cells, self.deterministic)
@@ -69,11 +72,12 @@ class InProcess:
     def _decode(self, groups: Sequence[Sequence[Key]]) -> list[Candidate]:
         """Candidates of groups of cells, one completion a group."""
         names = list(self.policies)
+        prompts = [self._asked(group[0]) for group in groups]
         policy = MixedBatch(list(self.policies.values()), [names.index(group[0][1]) for group in groups])
         trajectories = rollout(
             policy,
             self.backend,
-            [self.prompts[group[0][0]] for group in groups],
+            prompts,
             self.config,
             seed=[group[0][2] for group in groups],
         )
@@ -83,10 +87,32 @@ class InProcess:
                 completion=trajectories.completions[i],
                 completion_ids=trajectories.completion_ids[i],
                 terminated=bool(trajectories.terminated[i]),
+                history=None if self.earlier is None else as_messages(prompts[i]),
             )
             for i, group in enumerate(groups)
             for cell in group
         ]
+
+    def _asked(self, cell: Key) -> Prompt:
+        prompt = self.prompts[cell[0]]
+        if self.earlier is None:
+            return prompt
+        place = self.earlier.location(self.earlier.grid.index(cell, "the turn before"))
+        return next_turn(prompt, *read_candidates([place]))
+
+
+def next_turn(prompt: Prompt, answer: Candidate) -> Prompt:
+    """What is asked after an answer: the conversation so far, and the next entry of the column `follow_ups`. Its id is
+    its own, so that its draws are, too."""
+    before = answer.history or as_messages(prompt)
+    turn = (len(before) - len(as_messages(prompt))) // 2
+    said = {"role": "assistant", "content": answer.completion}
+    asked = {"role": "user", "content": prompt.columns[FOLLOW_UPS][turn]}
+    return replace(prompt, id=f"{prompt.id}, turn {turn + 2}", content=[*before, said, asked])
+
+
+def as_messages(prompt: Prompt) -> Messages:
+    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else prompt.content
 
 
 @dataclass(frozen=True)

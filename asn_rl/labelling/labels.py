@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def _scores(
 
 
 def _grouped(prompt: Prompt, candidate: Candidate) -> Prompt:
-    return Prompt(prompt.id, prompt.content, {**prompt.columns, "group": f"{prompt.id}\n{candidate.heuristic}"})
+    content = prompt.content if candidate.history is None else candidate.history
+    return Prompt(prompt.id, content, {**prompt.columns, "group": f"{prompt.id}\n{candidate.heuristic}"})
 
 
 def local_engine(
@@ -82,9 +83,15 @@ def label(
     prompts: Mapping[str, Prompt],
     folder: Path,
     engine: Engine = local_engine,
+    retry: Collection[str] = (),
 ) -> dict[str, dict[str, int]]:
     """Score every candidate with every labeller. Prompts that are done are passed over; one that was interrupted is
     scored again as a whole.
+
+    Args:
+        retry: labellers, by their unique names, that are asked again where they masked a candidate: a server or a
+            checker may have failed. They see the whole prompt again, because they may compare its candidates, but only
+            scores in the place of masks are kept: a score that is known never changes.
 
     Returns:
         What each labeller counted: masked scores, failed calls and so on. Added up over interrupted runs in the
@@ -93,15 +100,17 @@ def label(
     counted: dict[str, dict[str, int]] = {}
     for name, config in zip(unique_names(labellers), labellers, strict=True):
         place = folder / folder_name(name)
-        unlabelled = store.present & ~read_labels(place, name, store.grid).seen
-        todo = np.flatnonzero(unlabelled.any((1, 2))).tolist()
+        labels = read_labels(place, name, store.grid)
+        unlabelled = np.asarray((store.present & ~labels.seen).any((1, 2)))
+        masked = labels.seen & store.present & np.isnan(labels.scores) & (name in retry)
+        todo = np.flatnonzero(unlabelled | masked.any((1, 2))).tolist()
         counts: Counter[str] = Counter()
         total = len(store.grid.prompts)
         with ShardWriter(place) as shard, progress(f"label {name}", total, total - len(todo)) as advance:
             chunks = _chunks(todo, store, _with_all_columns(prompts))
             try:
                 for done, records, events in engine(config, name, chunks) if todo else ():
-                    shard.write(records)
+                    shard.write([record for record in records if _is_news(record, store.grid, unlabelled, masked)])
                     counts.update(events)
                     advance(done, f"{counts[f'{config.function}/masked']} masked")
             finally:
@@ -111,6 +120,12 @@ def label(
                     write_json(place / _COUNTS, so_far)
         counted[name] = dict(counts)
     return counted
+
+
+def _is_news(record: Record, grid: Grid, unlabelled: np.ndarray, masked: np.ndarray) -> bool:
+    """Whether a record belongs to a prompt that was not done, or puts a score in the place of a mask."""
+    cell = grid.index((record["prompt_id"], record["heuristic"], record["seed"]), "a label")
+    return bool(unlabelled[cell[0]] or (masked[cell] and record["score"] is not None))
 
 
 def read_counts(folder: Path) -> dict[str, int]:

@@ -95,8 +95,10 @@ def read_located(path: Path, schema: str) -> Iterator[tuple[str, int, Record]]:
 
 
 def candidate_record(candidate: Candidate) -> Record:
-    ids = candidate.completion_ids
-    return {"schema": CANDIDATE, **vars(candidate), "completion_ids": None if ids is None else list(ids)}
+    ids, fields = candidate.completion_ids, dict(vars(candidate))
+    if candidate.history is None:
+        del fields["history"]
+    return {"schema": CANDIDATE, **fields, "completion_ids": None if ids is None else list(ids)}
 
 
 def as_candidate(record: Mapping[str, Any], where: str) -> Candidate:
@@ -118,13 +120,22 @@ def as_candidate(record: Mapping[str, Any], where: str) -> Candidate:
     ):
         value = record.get(name)
         _expect(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), record, where, name)
+    history = record.get("history")
+    _expect(history is None or (isinstance(history, list) and all(map(_is_message, history))), record, where, "history")
     fields = ("prompt_id", "heuristic", "seed", "completion", "completion_ids", "terminated")
-    return Candidate(*(record[name] for name in fields))
+    return Candidate(*(record[name] for name in fields), history=history)
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
 
 
 def _expect(ok: bool, record: Mapping[str, Any], where: str, name: str) -> None:
     if not ok:
-        kinds = "text, completion_ids a list of integers or null, seed an integer, terminated true or false"
+        kinds = (
+            "text, completion_ids a list of integers or null, seed an integer, terminated true or false, history "
+            "messages or absent"
+        )
         raise DataError(f"{where}: field {name!r} is {record.get(name)!r:.80}; fields of a candidate are {kinds}")
 
 

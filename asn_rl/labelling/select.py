@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from asn_rl.config import to_dict
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName, check_at_least, check_positive
-from asn_rl.evaluation.statistics import Interval, masked_mean
+from asn_rl.evaluation.statistics import Interval, as_plain, masked_mean
 from asn_rl.labelling.labels import Labels
 from asn_rl.labelling.rating import (
     Cell,
@@ -311,8 +311,8 @@ def _heuristic_summary(
         part = labels[rows].tolist()
         return {
             "wins": int((best[rows] == j).sum()),
-            "mean": _as_dict(interval(means[rows, j], part)),
-            "lead": _as_dict(interval(lead[rows, j], part)),
+            "mean": _plain(interval(means[rows, j], part)),
+            "lead": _plain(interval(lead[rows, j], part)),
         }
 
     groups = {label: np.flatnonzero(labels == label) for label in sorted(set(strata))}
@@ -338,8 +338,8 @@ def _gain_summary(total: np.ndarray, strata: Sequence[str], shrinkage: float) ->
         def both(rows: np.ndarray, honest: np.ndarray = honest, naive: np.ndarray = naive) -> dict[str, Any]:
             part = labels[rows].tolist()
             return {
-                "cross_fitted": _as_dict(interval(honest[rows], part)),
-                "naive": _as_dict(interval(naive[rows], part)),
+                "cross_fitted": _plain(interval(honest[rows], part)),
+                "naive": _plain(interval(naive[rows], part)),
             }
 
         found[what] = {
@@ -349,8 +349,8 @@ def _gain_summary(total: np.ndarray, strata: Sequence[str], shrinkage: float) ->
     return found
 
 
-def _as_dict(found: Interval | None) -> dict[str, float] | None:
-    return None if found is None else asdict(found)
+def _plain(found: Interval | None) -> dict[str, float | None] | None:
+    return None if found is None else as_plain(found)
 
 
 def _number(value: float) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,13 @@ class CandidateStore:
     def present(self) -> np.ndarray:
         """(P, A, S) bool."""
         return self.file >= 0
+
+    def without(self, heuristic: int) -> CandidateStore:
+        """The same candidates but those of one heuristic, by its index in the grid."""
+        rest = copy(self)
+        rest.file = self.file.copy()
+        rest.file[:, heuristic] = -1
+        return rest
 
     def location(self, cell: tuple[int, int, int]) -> Location:
         return self.files[self.file[cell]], int(self.offset[cell])

@@ -35,5 +35,6 @@ REWARDS = Registry(
         "served_reward_model": "asn_rl.rewards.reward_model:served_reward_model",
         "bradley_terry_head": "asn_rl.rewards.frozen_features:bradley_terry_head",
         "pairwise_judge": "asn_rl.rewards.judge:pairwise_judge",
+        "judge_win": "asn_rl.rewards.judge_win:judge_win",
     },
 )

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import parse, parser, verify
 from math_verify.errors import TimeoutException
+
+from asn_rl.rewards.astronomic import is_astronomic
+from asn_rl.rewards.math import ASTRONOMIC
 
 # math-verify's own alarm, for each parse and each comparison. An integer: a float is a TypeError that it swallows,
 # and then every answer is wrong.
@@ -18,8 +21,27 @@ _BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed")  # "\$18.90" is an amount of money
 
 
-def agree(gold: str, answer: str) -> bool | None:
-    """Whether an answer text is mathematically equal to the gold answer; None: the gold answer is no mathematics.
+class _Astronomic(Exception):
+    """The part of a text that is to be evaluated is not worth starting on."""
+
+
+_extract = parser.extract_match
+
+
+def _guarded(match: re.Match[str], target: Any) -> Any:
+    # math-verify looks through a text for parts that may be its answer, the likeliest first, and evaluates each as it
+    # comes to it. So a text may quote what it likes elsewhere.
+    if is_astronomic(match[0]):
+        raise _Astronomic(match[0])
+    return _extract(match, target)
+
+
+parser.extract_match = _guarded
+
+
+def agree(gold: str, answer: str) -> bool | str | None:
+    """Whether an answer text is mathematically equal to the gold answer; None: the gold answer is no mathematics;
+    "astronomic": what the text gives as its answer is not worth computing.
 
     Raises:
         Exception: from math-verify, or its TimeoutException, when the answer cannot be compared.
@@ -29,7 +51,11 @@ def agree(gold: str, answer: str) -> bool | None:
         return None
     if _last_base(gold) is not None and _last_base(answer) not in (None, _last_base(gold)):
         return False
-    return _any_equal(expected, _parse(answer))
+    try:
+        found = _parse(answer)
+    except _Astronomic:
+        return ASTRONOMIC
+    return _any_equal(expected, found)
 
 
 def _last_base(text: str) -> str | None:

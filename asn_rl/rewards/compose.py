@@ -110,6 +110,11 @@ class RewardSuite:
             _Component(name, config) for name, config in zip(unique_names(configs), configs, strict=True)
         ]
 
+    @property
+    def configs(self) -> list[RewardConfig]:
+        """As given, one a function."""
+        return [component.config for component in self._components]
+
     def __enter__(self) -> Self:
         return self
 
@@ -145,7 +150,7 @@ class RewardSuite:
         if all(bool(part.isnan().all()) for part in scores.values()):
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise RewardError(f"every score of this call is masked, there is nothing to learn from. {why}")
-        configs = [component.config for component in self._components]
+        configs = self.configs
         total = combined(configs, list(scores.values()), [prompt.id for prompt in prompts])
         return RewardResult(total, scores, dict(counts))
 

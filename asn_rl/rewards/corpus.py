@@ -6,21 +6,18 @@ recitation: the weight's sign says which of the two is wanted.
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from http.client import HTTPException
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from asn_rl.errors import InvalidValue, RewardError
+from asn_rl.errors import RewardError
 from asn_rl.ops.overlap import Match, Search, breaks, coverage, match_search
 from asn_rl.rewards.corpus_index import open_index
 from asn_rl.rewards.inputs import completion_text
+
+if TYPE_CHECKING:
+    from asn_rl.backends.servers import Answer
 
 _PARSES = 4096  # remembered: coverage and breaks of the same completion share one
 _BACKOFF_S = 0.5
@@ -144,14 +141,18 @@ def infini_gram_api_coverage(
         index: name of a corpus of that server, for example v4_rpj_llama_s4.
         min_match, max_match: shorter matches do not count, longer ones are cut, words.
         concurrency: most requests under way.
-        timeout_s: seconds to wait for a sign of the server.
+        timeout_s: seconds a request may take.
         retries: further attempts of a failed request, after 0.5, 1, 2, ... seconds.
 
     Raises:
         RewardError: the server answers that it is asked wrongly (status 4xx): there is no such index, or no server.
+        ConfigError: the package httpx is missing.
         InvalidValue: an argument outside its range.
     """
-    _check_server(url, concurrency, timeout_s, retries)
+    from asn_rl.backends.servers import ServersConfig, shared_pool
+
+    # These servers answer POST only: there is nothing to ask for their health.
+    pool = shared_pool(ServersConfig((url,), concurrency, timeout_s, retries, _BACKOFF_S, health_path=None))
     texts = [completion_text(completion).split() for completion in completions]
     searches: dict[int, Search] = {}
     for i, words in enumerate(texts):
@@ -162,14 +163,12 @@ def infini_gram_api_coverage(
             API_COUNTS["operators"] += 1
         else:
             searches[i] = search
-    with ThreadPoolExecutor(concurrency, "infini-gram") as threads:
 
-        def occurrences(queries: Sequence[str]) -> dict[str, bool | None]:
-            payloads = [{"index": index, "query_type": "count", "query": query} for query in queries]
-            replies = threads.map(lambda payload: _reply(url, payload, timeout_s, retries), payloads)
-            return {query: _occurs(reply) for query, reply in zip(queries, replies, strict=True)}
+    def occurrences(queries: Sequence[str]) -> dict[str, bool | None]:
+        payloads = [{"index": index, "query_type": "count", "query": query} for query in queries]
+        return {queries[i]: _occurs(answer) for i, answer in pool.post("", payloads)}
 
-        found = _parallel_search(texts, searches, occurrences)
+    found = _parallel_search(texts, searches, occurrences)
     return [coverage(found[i], len(words)) if i in found else None for i, words in enumerate(texts)]
 
 
@@ -208,51 +207,19 @@ def _parallel_search(
     return found
 
 
-def _reply(url: str, payload: Mapping[str, Any], timeout_s: float, retries: int) -> Any:
-    """The answer to a request; None: there was none, however often it was asked.
-
-    Not through `asn_rl.backends.servers`: that asks a server for its health by GET, and these answer POST only.
-    """
-    body, headers = json.dumps(payload).encode(), {"Content-Type": "application/json", "User-Agent": "asn_rl"}
-    for attempt in range(retries + 1):
-        if attempt:
-            time.sleep(_BACKOFF_S * 2 ** (attempt - 1))
-        try:
-            request = urllib.request.Request(url, body, headers)
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code in (408, 429) or error.code >= 500:
-                    continue
-                raise RewardError(
-                    f"the infini-gram server {url} refuses the request with status {error.code}: "
-                    f"{error.read(300).decode(errors='replace')}; check url and index"
-                ) from error
-        except (OSError, HTTPException, ValueError):  # no connection, too slow, torn, no JSON
-            continue
-    return None
-
-
-def _occurs(reply: Any) -> bool | None:
+def _occurs(answer: Answer) -> bool | None:
     """Whether an answer counts an occurrence; None of one that has no count: errors come as {"error": text}."""
     API_COUNTS["requests"] += 1
-    count = reply.get("count") if isinstance(reply, Mapping) else None
+    if not isinstance(answer, dict):
+        if answer.final:
+            raise RewardError(f"the infini-gram server refuses the request ({answer.detail}); check url and index")
+        API_COUNTS["failed"] += 1
+        return None
+    count = answer.get("count")
     if isinstance(count, int):
         return count > 0
-    API_COUNTS["failed" if reply is None else "refused"] += 1
+    API_COUNTS["refused"] += 1
     return None
-
-
-def _check_server(url: str, concurrency: int, timeout_s: float, retries: int) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise InvalidValue("url", url, "an address such as https://api.infini-gram.io")
-    if concurrency < 1:
-        raise InvalidValue("concurrency", concurrency, ">= 1")
-    if not timeout_s > 0:
-        raise InvalidValue("timeout_s", timeout_s, "> 0 seconds")
-    if retries < 0:
-        raise InvalidValue("retries", retries, ">= 0")
 
 
 COVERAGE_COUNTS: Counter[str] = Counter()

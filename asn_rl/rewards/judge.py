@@ -3,56 +3,21 @@
 Each pair is judged in both orders, as the probability of the next token: P(A) / (P(A) + P(B)). Two orders averaged
 cancel most of a judge's preference for a position, and their difference measures it (Zheng et al. 2023,
 arXiv:2306.05685). A judge that answers neither letter has not judged: that comparison is void, it is no tie.
-
-For capable judges. SmolLM2-135M, the default, runs the mechanics and no more: its opinion is *anti*-correlated with
-correctness (0.39 of right-against-wrong pairs where chance is 0.5).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from asn_rl.errors import InvalidValue, RewardError
+from asn_rl.errors import InvalidValue
 from asn_rl.ops.pairwise import bradley_terry, swiss_pairs, swiss_rounds
-from asn_rl.rewards.inputs import completion_text, group_keys
-
-if TYPE_CHECKING:
-    from asn_rl.backends.hf import HFBackend
-
-INSTRUCTIONS = """\
-Two answers to the same request are shown below. Decide which one is better.
-
-A better answer does what was asked, stays relevant, is accurate, and gives as much detail as the request calls for. \
-The order of the answers means nothing, and a longer answer is not better for being longer.
-
-[Request]
-{question}
-
-[Answer A]
-{first}
-
-[Answer B]
-{second}
-
-Which answer is better? Reply with the letter only: A or B."""
-
-
-class Comparison(NamedTuple):
-    """What a judge is asked."""
-
-    question: str
-    first: str
-    second: str
-
-
-Judge = Callable[[Sequence[Comparison]], np.ndarray]
-"""m comparisons -> (m, 2) probabilities of the answers "first" and "second"; what is missing to 1 went elsewhere"""
+from asn_rl.rewards.inputs import group_keys
+from asn_rl.rewards.letter_judge import Comparison, Judge, first_preferred, letter_judge, one_question
 
 
 @dataclass(frozen=True)
@@ -121,10 +86,8 @@ def pairwise_judge(
     members: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         members.setdefault(key, []).append(i)
-    fields = [
-        (_request(prompts[rows[0]]), [completion_text(completions[i]) for i in rows]) for rows in members.values()
-    ]
-    judge = _letter_judge(model, dtype, device, chat_template, batch_size)
+    fields = [one_question([prompts[i] for i in rows], [completions[i] for i in rows]) for rows in members.values()]
+    judge = letter_judge(model, dtype, device, chat_template, batch_size, COUNTS)
     results = tournaments(fields, judge, rounds=rounds, minimum_share=minimum_share, prior=prior, seed=seed)
     for event in ("answers", "first_preferred", "neither"):
         COUNTS[event] += sum(getattr(result, event) for result in results)
@@ -168,17 +131,15 @@ def tournaments(
     """
     if rounds is not None and rounds < 1:
         raise InvalidValue("rounds", rounds, ">= 1", "null takes ceil(log2 n) + 1")
-    if not 0 <= minimum_share <= 1:
-        raise InvalidValue("minimum_share", minimum_share, "in [0, 1]")
     tables = [_Table(question, texts) for question, texts in fields]
     limits = [swiss_rounds(table.players) if rounds is None or table.players < 2 else rounds for table in tables]
     for number in range(max(limits, default=0)):
         playing = [table for table, limit in zip(tables, limits, strict=True) if number < limit]
         drawn = [(table, pair) for table in playing for pair in table.draw(number, seed)]
         asked = [comparison for table, pair in drawn for comparison in table.both_orders(*pair)]
-        answers = _checked_answers(judge(asked), len(asked)).reshape(len(drawn), 2, 2)
-        for (table, pair), answer in zip(drawn, answers, strict=True):
-            table.record(*pair, answer, minimum_share)
+        answers = first_preferred(asked, judge, minimum_share).reshape(len(drawn), 2)
+        for (table, pair), first in zip(drawn, answers, strict=True):
+            table.record(*pair, first)
     return [table.result(prior) for table in tables]
 
 
@@ -206,14 +167,12 @@ class _Table:
         a, b = self.texts[i], self.texts[j]
         return [Comparison(self.question, a, b), Comparison(self.question, b, a)]
 
-    def record(self, i: int, j: int, answer: np.ndarray, minimum_share: float) -> None:
-        """Take in (2, 2) probabilities of (first, second) in both orders.
+    def record(self, i: int, j: int, first: np.ndarray) -> None:
+        """Take in (2,) P(first is better) of both orders; NaN: void.
 
         A pair counts only when both orders are valid: one alone would carry the position bias.
         """
-        share = answer.sum(1)
-        valid = (share >= minimum_share) & (share > 0)
-        first = answer[:, 0] / np.where(valid, share, 1.0)
+        valid = ~np.isnan(first)
         self.neither += int((~valid).sum())
         self.firsts += first[valid].tolist()
         won = (first[0] + 1 - first[1]) / 2 if valid.all() else 0.5
@@ -237,81 +196,6 @@ class _Table:
             first_preferred=sum(first > 0.5 for first in self.firsts),
             neither=self.neither,
         )
-
-
-def _checked_answers(answers: np.ndarray, count: int) -> np.ndarray:
-    answers = np.asarray(answers, dtype=np.float64)
-    if answers.shape != (count, 2) or not ((answers >= 0) & (answers <= 1)).all() or (answers.sum(1) > 1 + 1e-6).any():
-        raise RewardError(
-            f"a judge must return ({count}, 2) probabilities of 'first' and 'second' that sum to 1 at most, got shape "
-            f"{answers.shape}: {answers!r:.200}"
-        )
-    return answers
-
-
-class LetterJudge:
-    """A causal language model as a judge: the probabilities of "A" and "B" as its next token.
-
-    Args:
-        backend: a transformers backend; a chat template is used where it has one.
-        batch_size: comparisons computed at a time.
-        counts: counter of comparisons that exceed the judge's context, as `too_long`; they get probability 0.
-
-    Raises:
-        RewardError: a letter is no single token of the tokenizer.
-    """
-
-    def __init__(self, backend: HFBackend, batch_size: int = 32, counts: Counter[str] | None = None) -> None:
-        if batch_size < 1:
-            raise InvalidValue("batch_size", batch_size, ">= 1")
-        self.backend, self.batch_size = backend, batch_size
-        self.counts = Counter() if counts is None else counts
-        self.template = INSTRUCTIONS if backend.chat_template else f"{INSTRUCTIONS}\n\nLetter:"
-        self.letters = [self._letter_ids(letter) for letter in "AB"]
-
-    def _letter_ids(self, letter: str) -> list[int]:
-        """Tokens that are this letter, with and without a space before it."""
-        tokenizer = self.backend.tokenizer
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-        found = {ids[0] for ids in encoded if len(ids) == 1 and str(tokenizer.decode(ids)).strip() == letter}
-        if not found:
-            raise RewardError(
-                f"the letter {letter!r} is no single token of the judge {self.backend.model.name_or_path!r}; use "
-                "another judge"
-            )
-        return sorted(found)
-
-    def __call__(self, comparisons: Sequence[Comparison]) -> np.ndarray:
-        import torch
-
-        ids = [self.backend.encode(self.template.format(**comparison._asdict())) for comparison in comparisons]
-        fits = [i for i, row in enumerate(ids) if len(row) < self.backend.max_context]
-        self.counts["too_long"] += len(ids) - len(fits)
-        fits.sort(key=lambda i: len(ids[i]))  # similar lengths together: less padding
-        answers = np.zeros((len(ids), 2))
-        for start in range(0, len(fits), self.batch_size):
-            rows = fits[start : start + self.batch_size]
-            probs = torch.softmax(self.backend.start([ids[i] for i in rows]).logits.float(), -1).double()
-            answers[rows] = torch.stack([probs[:, letter].sum(-1) for letter in self.letters], -1).cpu().numpy()
-        return answers
-
-
-@cache
-def _letter_judge(model: str, dtype: Any, device: str, chat_template: bool, batch_size: int) -> LetterJudge:
-    """The process-wide judge of these settings."""
-    from asn_rl.backends import BackendConfig, shared_backend
-    from asn_rl.backends.hf import HFBackend
-
-    backend = shared_backend(BackendConfig("hf", model, dtype, device, chat_template))
-    assert isinstance(backend, HFBackend)
-    return LetterJudge(backend, batch_size, COUNTS)
-
-
-def _request(prompt: Any) -> str:
-    """What the judge reads as the request: a text, or the turns of a conversation with their roles."""
-    if isinstance(prompt, str) or len(prompt) == 1:
-        return completion_text(prompt)
-    return "\n".join(f"{str(turn.get('role')).capitalize()}: {completion_text([turn])}" for turn in prompt)
 
 
 COUNTS: Counter[str] = Counter()

@@ -9,14 +9,13 @@ It evaluates expressions: an answer that only repeats "7 + 8" is right for 15. F
 from __future__ import annotations
 
 import importlib.util
-import math
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Self
 
 from asn_rl.errors import RewardError
+from asn_rl.rewards.astronomic import is_astronomic
 from asn_rl.rewards.inputs import completion_text, required_column, terminated_flags
 from asn_rl.rewards.verdicts import remember
 from asn_rl.rewards.workers import Failure, WorkerPool
@@ -24,16 +23,8 @@ from asn_rl.rewards.workers import Failure, WorkerPool
 TAIL_CHARACTERS = 2000
 """only the end of a completion is read: that is where the answer is"""
 CACHE_ENTRIES = 20_000
-MAX_DIGITS = 5
-"""exponents and factorials with more decimal digits are not computed"""
-MAX_DEPTH = 20
-"""open brackets at a time; fractions nested 25 deep take seconds"""
-
-_LARGE_POWER = re.compile(rf"(?:\^|\*\*)[\s{{(]*-?\d{{{MAX_DIGITS + 1},}}")
-_TOWER = re.compile(r"(?:\^|\*\*)[\s{(]*(\d{1,6})\s*(?:\^|\*\*)[\s{(]*(\d{1,6})")
-_LARGE_FACTORIAL = re.compile(rf"\d{{{MAX_DIGITS + 1},}}[\s)}}]*!")
-_FACTORIAL_TOWER = re.compile(r"\d{2,}\s*!\s*[)}\]]\s*!|(?:!\s*[)}\]]\s*){2}!")
-_NO_BRACKET = re.compile(r"[^()\[\]{}]+")
+ASTRONOMIC = "astronomic"
+"""what a worker says of an answer that would take an astronomic number to compare"""
 
 
 def math_answer(
@@ -48,8 +39,9 @@ def math_answer(
     """1.0 where the last mathematical answer of a completion equals the row's `answer`, else 0.0.
 
     None where the row's `answer` is None or no mathematics, and where the comparison was killed, failed, or would
-    compute an astronomic number: what is not known is not scored. `math_answer.counts` has how often each happened.
-    An answer that the token limit cut off scores 0.
+    compute an astronomic number: what is not known is not scored. A text that only quotes such a number, and ends in
+    another answer, is scored. `math_answer.counts` has how often each happened. An answer that the token limit cut off
+    scores 0.
 
     Args:
         time_limit: wall seconds a comparison may take (most take a millisecond).
@@ -95,38 +87,22 @@ class MathVerifier:
     def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         """Whether each (gold answer, text) agrees; None where that could not be found out."""
         keys = [(gold, text[-TAIL_CHARACTERS:]) for gold, text in pairs]
-        astronomic = {key for key in keys if is_astronomic(key[0]) or is_astronomic(key[1])}
         found = {key: self._known[key] for key in keys if key in self._known}
-        asked = [key for key in dict.fromkeys(keys) if key not in found and key not in astronomic]
+        failed = {key: ASTRONOMIC for key in keys if is_astronomic(key[0])}
+        asked = [key for key in dict.fromkeys(keys) if key not in found and key not in failed]
         answers = self.pool.map([{"gold": gold, "answer": tail} for gold, tail in asked])
-        failed = {}
         for key, answer in zip(asked, answers, strict=True):
             if isinstance(answer, Failure):
                 failed[key] = answer.reason
+            elif answer == ASTRONOMIC:
+                failed[key] = ASTRONOMIC
             else:
                 found[key] = answer
         remember(self._known, found, CACHE_ENTRIES)
         for key in keys:
             if found.get(key) is None:
-                self.counts[failed.get(key) or ("astronomic" if key in astronomic else "gold")] += 1
+                self.counts[failed.get(key, "gold")] += 1
         return [found.get(key) for key in keys]
-
-
-def is_astronomic(text: str) -> bool:
-    """True for a text with a power, factorial or nesting that is not worth starting on (10**10**10, 99999999!)."""
-    if any(pattern.search(text) for pattern in (_LARGE_POWER, _LARGE_FACTORIAL, _FACTORIAL_TOWER)):
-        return True
-    if _depth(text) > MAX_DEPTH:
-        return True
-    return any(int(exponent) * math.log10(max(1, int(base))) >= MAX_DIGITS for base, exponent in _TOWER.findall(text))
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for bracket in _NO_BRACKET.sub("", text):
-        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
-        deepest = max(deepest, depth)
-    return deepest
 
 
 @cache

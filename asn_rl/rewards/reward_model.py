@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from asn_rl.backends.servers import ServerPool
-
 Kind = Literal["sglang", "vllm"]
 
 
@@ -113,10 +111,13 @@ def served_reward_model(
         ConfigError: the package httpx is missing.
         InvalidValue: an unknown kind of server, or an argument out of range.
     """
+    from asn_rl.backends.servers import ServersConfig, shared_pool
+
     if kind not in _REQUESTS:
         raise InvalidValue("kind", kind, f"one of {', '.join(_REQUESTS)}")
     _check_sizes(max_length, 1)
-    pool = _servers((urls,) if isinstance(urls, str) else tuple(urls), concurrency, timeout_s, retries)
+    addresses = (urls,) if isinstance(urls, str) else tuple(urls)
+    pool = shared_pool(ServersConfig(addresses, concurrency, timeout_s, retries))
     reader = _tokenizer(tokenizer or model)
     rows = [
         conversation(reader, prompt, completion, max_length, SERVED_COUNTS)
@@ -259,13 +260,6 @@ def _served_score(kind: Kind, answer: Any) -> float | None:
         SERVED_COUNTS["unreadable"] += 1
         return None
     return _finite(score, SERVED_COUNTS)
-
-
-@cache
-def _servers(urls: tuple[str, ...], concurrency: int, timeout_s: float, retries: int) -> ServerPool:
-    from asn_rl.backends.servers import ServerPool, ServersConfig
-
-    return ServerPool(ServersConfig(urls=urls, concurrency=concurrency, timeout_s=timeout_s, retries=retries))
 
 
 COUNTS: Counter[str] = Counter()

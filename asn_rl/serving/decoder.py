@@ -13,10 +13,10 @@ from asn_rl.observing import checked_needs, history_entry
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.history import History, empty_history, remember
 from asn_rl.ops.sketch import PointMap, SketchSize, build_sketch, expand, points_of
-from asn_rl.placement import place
+from asn_rl.placement import device_of, place
 from asn_rl.protocols import Policy
 from asn_rl.rollout import checked_probs
-from asn_rl.serving.table import Table
+from asn_rl.serving.table import LastLogits, Table
 from asn_rl.types import Observation
 
 SERVED_INPUTS = frozenset({"last_point", "history"})
@@ -58,11 +58,12 @@ class PolicyDecoder:
                 "policy.needs", sorted(self.needs), f"some of {sorted(SERVED_INPUTS)}",
                 "inference engines hand logits and tokens to a processor, and nothing else",
             )  # fmt: skip
-        self._table = Table()
+        self._table, self._logits = Table(), LastLogits()
 
     def forget(self, keys: Collection[Hashable]) -> None:
         """Release what is known of requests that have ended."""
         self._table.release(keys)
+        self._logits.release(keys)
 
     @property
     def requests(self) -> list[Hashable]:
@@ -70,15 +71,19 @@ class PolicyDecoder:
         return self._table.keys
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def __call__(self, logits: Tensor, rows: Sequence[Row], *, in_place: bool = False) -> Tensor:
         """(B, V) fp32 log-weights of the policy's distribution, for next-token logits (B, V); -inf where it cuts.
+
+        Args:
+            in_place: fp32 logits may be overwritten with the answer; nothing is, where an error is raised.
 
         Raises:
             ServingError: a row whose beginning was not seen, or that has a token more or fewer than it should.
             InvalidLogits, InvalidPolicyOutput: logits or an answer that are no distribution. Nothing is remembered of
                 this call then.
         """
-        place(self.policy, logits.device)
+        if device_of(self.policy) != logits.device:
+            place(self.policy, logits.device)
         steps = [len(row.tokens) for row in rows]
         self._check(rows, steps)
         position = torch.tensor(steps, device=logits.device)
@@ -96,10 +101,12 @@ class PolicyDecoder:
         output = self.policy(obs, state or None)
         checked_probs(self.policy, output.logprobs)
         following = known | {f"state/{name}": part for name, part in (output.state or {}).items()}
-        following |= {"steps": position + 1, "logits": logits.float(), **_parts(point_map)}
-        self._table.write([row.key for row in rows], following)
+        following |= {"steps": position + 1, **_parts(point_map)}
+        keys = [row.key for row in rows]
+        self._table.write(keys, following)
+        self._logits.write(keys, logits)
         shift = torch.where(sketch.mask, output.logprobs - sketch.log_mass, 0.0)
-        return expand(logits, point_map, shift)
+        return expand(logits, point_map, shift, logits if in_place and logits.dtype == torch.float32 else None)
 
     def _check(self, rows: Sequence[Row], steps: Sequence[int]) -> None:
         if len({row.key for row in rows}) != len(rows):
@@ -115,23 +122,24 @@ class PolicyDecoder:
     def _seen(self, logits: Tensor, rows: Sequence[Row], position: Tensor) -> dict[str, Tensor]:
         """What is known of each row, the token it drew since the last call taken into account."""
         fresh = [row.key for row in rows if not row.tokens]
-        self._table.release(fresh)
+        self.forget(fresh)
         self._table.write(fresh, self._beginning(len(fresh), logits))
         known = self._table.read([row.key for row in rows])
         going = (position > 0).nonzero().squeeze(-1)
         if not len(going):
             return known
-        drawn = torch.tensor([[row.tokens[-1]] for row in rows if row.tokens], device=logits.device)
+        keys = [row.key for row in rows if row.tokens]
+        drawn = torch.tensor([row.tokens[-1] for row in rows if row.tokens], device=logits.device)
         before = {name: part[going] for name, part in known.items()}
         points = _point_map(before, self.size)
-        base = (before["logits"].gather(-1, drawn) - points.log_normalizer).squeeze(-1)
+        base = self._logits.at(keys, drawn) - points.log_normalizer.squeeze(-1)
         known["last"][going] = -base
         known["total"][going] -= base
         if "last_point" in self.needs:
-            known["point"][going] = points_of(before["logits"], drawn, points).squeeze(-1)
+            known["point"][going] = points_of(self._logits.read(keys), drawn[:, None], points).squeeze(-1)
         history = self._history(before)
         if history is not None:
-            after = remember(history, drawn.squeeze(-1), position[going] - 1)
+            after = remember(history, drawn, position[going] - 1)
             for name in ("tokens", "count", "last"):
                 known[f"history/{name}"][going] = getattr(after, name)
         return known

@@ -8,6 +8,8 @@ Towards tokens: -log pi(point of the token), as AutoDeco (arXiv:2510.26697) trai
 -log pi(token) is that plus -log(p(token) / p(point)) of the base model, which no policy changes: the gradients are the
 same. There is no leak term; it would pull a policy below the entropy of the text. Of the paper's code, leaving out 60 %
 of the tokens where greedy decoding is right and weighing tokens by pi(token) are not done.
+
+Several processes (`asn_rl.training.parallel`) hold the same tokens and share every minibatch.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from asn_rl.placement import device_of
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
+from asn_rl.training import parallel
 from asn_rl.training.minibatches import held_out_prompts, whole_completions
 from asn_rl.types import Observation, Trajectories
 from asn_rl.unroll import recorded_logprobs, unroll
@@ -132,6 +135,7 @@ def distill(
         InvalidValue: targets of another shape.
         TrainingError: no trainable parameter received a gradient, or the loss is not finite.
     """
+    parallel.join()
     begin = time.perf_counter()
     shape = trajectories.observations.sketch.log_mass.shape
     if targets.shape not in (shape, shape[:1]):
@@ -141,6 +145,7 @@ def distill(
     parameters = [p for p in policy.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be distilled into")
+    parallel.check_agreement(0, parameters)
     train, held_out = _split(trajectories, config)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     seen, total_tokens = 0, config.epochs * len(train)
@@ -150,31 +155,38 @@ def distill(
     device = device_of(policy)
     moved = trajectories.to(device)
 
-    def loss_on(part: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = unroll(policy, moved, part.to(device)).logprobs
-        divergence, leak = _losses(targets[part].to(device), logprobs, config.gamma)
-        scale = (importance[part] / importance[part].sum()).to(device)
-        return (divergence * scale).sum(), (leak * scale).sum()
+    def loss_on(part: Tensor) -> tuple[Tensor | None, float, float]:
+        """What this process's share of some tokens adds to the loss, and the KL and the leak of all of them."""
+        own = _own(policy, trajectories, part)
+        if not len(own):
+            return None, *parallel.summed({"kl": 0.0, "leak": 0.0}).values()
+        logprobs = unroll(policy, moved, own.to(device)).logprobs
+        divergence, leak = _losses(targets[own].to(device), logprobs, config.gamma)
+        scale = (importance[own] / importance[part].sum()).to(device)
+        kl, leaked = (divergence * scale).sum(), (leak * scale).sum()
+        return kl + leaked, *parallel.summed({"kl": kl.item(), "leak": leaked.item()}).values()
 
     figures: dict[str, float] = {}
     with progress("distil", config.epochs) as advance:
         for epoch in range(1, config.epochs + 1):
             total = 0.0
             for part in _minibatches(policy, trajectories, train, config.minibatch_tokens, generator):
-                divergence, leak = loss_on(part)
+                loss, divergence, leak = loss_on(part)
                 optimizer.zero_grad(set_to_none=True)
-                (divergence + leak).backward()
+                if loss is not None:
+                    loss.backward()
+                parallel.sum_gradients(parameters)
                 _check_gradients(policy, parameters, divergence + leak)
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 seen += len(part)
                 schedule.step()
-                total += divergence.item() * len(part) / len(train)
+                total += divergence * len(part) / len(train)
             figures = {"loss/distill_kl": total}
             if len(held_out):
                 with torch.no_grad():
-                    divergence, leak = loss_on(held_out)
-                figures |= {"eval/distill_kl": divergence.item(), "eval/distill_leak": leak.item()}
+                    _, divergence, leak = loss_on(held_out)
+                figures |= {"eval/distill_kl": divergence, "eval/distill_leak": leak}
             if log is not None:
                 log.log(epoch, figures)
             advance(1, f"KL {figures.get('eval/distill_kl', total):.4f}")
@@ -198,6 +210,15 @@ def _minibatches(
     return whole_completions(trajectories.lengths, trajectories.rows[tokens].unique(), size, generator)
 
 
+def _own(policy: Policy, trajectories: Trajectories, part: Tensor) -> Tensor:
+    """Of a minibatch the tokens that this process sees to; whole completions where the policy carries state."""
+    if parallel.size() == 1 or policy.initial_state(1, torch.device("cpu")) is None:
+        return parallel.shard(part)
+    place = torch.unique_consecutive(trajectories.rows[part], return_inverse=True)[1]
+    mine = parallel.shard(torch.arange(int(place.max()) + 1))
+    return part[torch.isin(place, mine)]
+
+
 def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """Token indices to train on and to measure on; no prompt is in both."""
     held = held_out_prompts([prompt.id for prompt in trajectories.prompts], config.holdout, config.seed)
@@ -205,12 +226,12 @@ def _split(trajectories: Trajectories, config: DistillConfig) -> tuple[Tensor, T
     return (~is_held).nonzero().squeeze(-1), is_held.nonzero().squeeze(-1)
 
 
-def _check_gradients(policy: TrainablePolicy, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
-    if not torch.isfinite(loss):
+def _check_gradients(policy: TrainablePolicy, parameters: Sequence[nn.Parameter], loss: float) -> None:
+    if not math.isfinite(loss):
         raise TrainingError(
-            f"the distillation loss is {loss.item()}; a policy that cuts hard gives infinite KL, so train it softly"
+            f"the distillation loss is {loss}; a policy that cuts hard gives infinite KL, so train it softly"
         )
-    if not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters) and loss.item() > 1e-6:
+    if not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters) and loss > 1e-6:
         raise TrainingError(
             f"no trainable parameter of {type(policy).__name__} received a gradient; check that its log-probs depend "
             "on its parameters (no detach, no inference mode)"

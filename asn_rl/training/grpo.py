@@ -26,7 +26,8 @@ from asn_rl.placement import device_of
 from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.rewards.compose import RewardSuite, score
 from asn_rl.rollout import RolloutConfig
-from asn_rl.training.on_policy import OnPolicyTrainer
+from asn_rl.training import parallel
+from asn_rl.training.on_policy import OnPolicyTrainer, Sampler
 from asn_rl.training.policy_gradient import (
     Batch,
     PolicyGradientConfig,
@@ -73,6 +74,7 @@ def train(
     run: Path,
     *,
     metadata: dict[str, Any] | None = None,
+    sample: Sampler | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainablePolicy:
     """Train `policy` in place and save it to `run / "policy"`. Resumes from the newest checkpoint in `run`.
@@ -80,12 +82,14 @@ def train(
     Args:
         reference: the older checkpoint of the KL penalty; it reads nothing that the policy does not.
         metadata: handed to `save_pretrained` (base model, fingerprint, sketch size).
+        sample: where completions come from, for example a `ServedSampler`; default: rollouts on `backend`.
         on_step: called with the step number and its metrics.
 
     Raises:
         TrainingError: a step with reward differences gave no trainable parameter a gradient, or the loss is not finite.
     """
-    Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {}).train(on_step)
+    trainer = Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {}, sample)
+    trainer.train(on_step)
     return policy
 
 
@@ -106,9 +110,17 @@ class Trainer(OnPolicyTrainer[GRPOConfig, Batch]):
 def make_batch(
     trajectories: Trajectories, rewards: Tensor, reference: Policy, config: GRPOConfig
 ) -> tuple[Batch, Tensor]:
-    """Advantages and reference log-probs of a step; also (G,) which groups carry signal."""
-    # Batch-whitened advantages are those of a single group.
-    groups = rewards.reshape((1, -1) if config.advantage == "whitened" else (-1, config.num_generations))
+    """Advantages and reference log-probs of a step; also (G,) which groups, those of all processes, carry signal.
+
+    Completions that a group lacks are masked, as are those whose reward is NaN.
+    """
+    places = _places(trajectories, config.num_generations)
+    groups = rewards.new_full((int(places[-1]) // config.num_generations + 1, config.num_generations), torch.nan)
+    groups.view(-1)[places] = rewards
+    first = parallel.before(groups.numel())
+    groups = parallel.gathered(groups)
+    if config.advantage == "whitened":  # batch-whitened advantages are those of a single group
+        groups = groups.reshape(1, -1)
     signal = has_signal(groups)
     if config.advantage == "leave_one_out":
         advantages = leave_one_out_advantages(groups)
@@ -118,7 +130,7 @@ def make_batch(
         advantages = group_advantages(groups)
     else:
         advantages = group_advantages(groups, scale=config.advantage)
-    advantages = torch.where(signal.unsqueeze(-1), advantages, 0.0).flatten().float()
+    advantages = torch.where(signal.unsqueeze(-1), advantages, 0.0).flatten()[first + places].float()
     # Completions without advantage count only where a penalty or bonus gives them a gradient.
     used = torch.ones_like(advantages, dtype=torch.bool) if config.anchored else advantages != 0
     device, rows = device_of(reference), trajectories.rows
@@ -126,6 +138,18 @@ def make_batch(
     per_token = advantages[rows].to(device)
     batch = Batch(moved, per_token, all_logprobs(reference, moved), rows.to(device), used.nonzero().squeeze(-1))
     return batch, signal
+
+
+def _places(trajectories: Trajectories, size: int) -> Tensor:
+    """(B,) int64 place of each completion among groups of `size`, one group after the other."""
+    before: tuple[str, int] | None = None
+    group, places = -1, []
+    for prompt, sample in zip(trajectories.prompts, trajectories.sample, strict=True):
+        if before is None or prompt.id != before[0] or sample <= before[1]:
+            group += 1
+        places.append(group * size + sample)
+        before = (prompt.id, sample)
+    return torch.tensor(places)
 
 
 def minibatch_loss(

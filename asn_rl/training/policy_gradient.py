@@ -105,6 +105,10 @@ class PolicyGradientConfig:
         return self.beta > 0 or self.entropy_coef > 0
 
 
+IMPORTANCE = "importance"
+"""extra of trajectories that somebody else sampled: (S,) what a token's policy gradient is multiplied by"""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Per-token tensors of one step, (S, ...), on the policy's device."""
@@ -118,6 +122,11 @@ class Batch:
     """(S,) completion of each token"""
     used: Tensor
     """(B',) int64, on the CPU: the completions that the update reads"""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(S,) importance of each token; None where the policy itself drew them."""
+        return self.trajectories.extras.get(IMPORTANCE)
 
 
 @torch.no_grad()
@@ -143,6 +152,9 @@ def policy_loss(
     logprobs = output.gather(-1, at_point).squeeze(-1) + inner
     old = trajectories.behaviour_logprobs[part]
     surrogate, clipped = _surrogate(config, logprobs, old, batch.advantages[part], batch.rows[part], generator)
+    if batch.weights is not None:
+        # Of the surrogate alone: entropy and divergence are exact sums over the tokens of a state, not over a draw.
+        surrogate = batch.weights[part] * surrogate
     divergence = kl(output, batch.ref_logprobs[part])
     # Entropy over the vocabulary: over points, plus the base model's inside each.
     spread = entropy(output) + expectation(output, sketch.inner_entropy)

@@ -30,8 +30,9 @@ from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.registry import load_attribute
 from asn_rl.rewards.compose import RewardSuite
 from asn_rl.rollout import RolloutConfig
+from asn_rl.training import parallel
 from asn_rl.training.critic import new_critic
-from asn_rl.training.on_policy import OnPolicyTrainer
+from asn_rl.training.on_policy import OnPolicyTrainer, Sampler
 from asn_rl.training.policy_gradient import Batch, PolicyGradientConfig, all_logprobs, dense, policy_loss
 from asn_rl.types import Observation, PolicyOutput, Prompt, Trajectories
 from asn_rl.unroll import unroll
@@ -99,6 +100,7 @@ def train(
     run: Path,
     *,
     metadata: dict[str, Any] | None = None,
+    sample: Sampler | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainablePolicy:
     """Train `policy` in place and save it to `run / "policy"`. Resumes from the newest checkpoint in `run`.
@@ -110,7 +112,8 @@ def train(
             nobody gives values.
         RewardError: the shaping function broke its contract.
     """
-    Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {}).train(on_step)
+    trainer = Trainer(policy, reference, backend, prompts, rewards, rollout_config, config, run, metadata or {}, sample)
+    trainer.train(on_step)
     return policy
 
 
@@ -155,11 +158,15 @@ class Trainer(OnPolicyTrainer[PPOConfig, ValueBatch]):
         returns, scale = advantages + values, 1.0
         counted = ~totals.isnan()
         among = counted[rows].to(device)
+        first = parallel.before(len(rows))
+        counting = parallel.gathered(among)
         if config.whiten:
-            advantages, scale = whitened(advantages, among)
+            whole, scale = whitened(parallel.gathered(advantages), counting)
+            advantages = whole[first : first + len(rows)]
         used = counted.nonzero().squeeze(-1)
         batch = ValueBatch(moved, advantages, ref_logprobs, rows.to(device), used, values, returns, scale)
-        return batch, (advantages != 0) & among, {"loss/explained_variance": _explained(values[among], returns[among])}
+        explained = _explained(parallel.gathered(values)[counting], parallel.gathered(returns)[counting])
+        return batch, (advantages != 0) & among, {"loss/explained_variance": explained}
 
     def loss(self, batch: ValueBatch, part: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         trajectories, config = batch.trajectories, self.config

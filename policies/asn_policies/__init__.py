@@ -1,5 +1,6 @@
 """Decoding policies: learned networks and fixed heuristics, all distributions over the points of a sketch."""
 
+from asn_policies.asked import Asked
 from asn_policies.attention import SamplingNetwork
 from asn_policies.base import PolicyModule
 from asn_policies.distribution import DistributionAwareTransform
@@ -14,6 +15,7 @@ from asn_policies.value import ValueNetwork
 from asn_policies.warp import TemperatureTopP, TwoSlopeWarp
 
 __all__ = [
+    "Asked",
     "DistributionAwareTransform",
     "Fallback",
     "LocalTransform",

@@ -53,7 +53,7 @@ class Fallback(PolicyModule):
 
     def __init__(self, inner: Mapping[str, Any], rule: Sequence[Mapping[str, Any]], limits: Limits) -> None:
         super().__init__()
-        self.inner = _build(inner)
+        self.inner = build_inner(inner)
         self.rule = Pipeline(rule)
         self.needs = self.inner.needs
         low, high = _bounds(limits)
@@ -131,7 +131,12 @@ def context_limits(trajectories: Trajectories, cut: float = 0.001, margin: float
     return limits
 
 
-def _build(inner: Mapping[str, Any]) -> TrainablePolicy:
+def build_inner(inner: Mapping[str, Any]) -> TrainablePolicy:
+    """The policy that another one holds, {policy: "module:attribute", arguments: {...}}, untrained.
+
+    Raises:
+        ConfigError: it is no policy.
+    """
     if not isinstance(inner, Mapping) or set(inner) != {"policy", "arguments"}:
         raise ConfigError(f"inner is {{policy: module:attribute, arguments: {{...}}}}, got {inner!r}")
     cls = load_attribute(inner["policy"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from asn_rl.backends.toy import ToyBackend
@@ -47,3 +48,24 @@ def crash_on(prompts: list[str], completions: list[str], *, prompt: str, **colum
     if prompt in prompts:
         raise ZeroDivisionError(prompt)
     return [1.0] * len(completions)
+
+
+def unreachable(
+    prompts: list[Any], completions: list[str], *, folder: str, prompt_id: list[str], **columns: Any
+) -> list[float | None]:
+    """Characters, by a server that does not know the prompts that `folder` has a file for."""
+    asked = [not Path(folder, key).exists() for key in prompt_id]
+    return [float(len(text)) if known else None for text, known in zip(completions, asked, strict=True)]
+
+
+def more_words(
+    prompts: list[Any], completions: list[Any], *, references: list[Any], group: list[str], **columns: Any
+) -> list[float | None]:
+    """A judge of win rates: the longer one wins, as `judge_win` pairs them."""
+    scores: list[float | None] = []
+    for i, completion in enumerate(completions):
+        reference = references[i][group[:i].count(group[i])]
+        theirs = reference if isinstance(reference, str) else reference[-1]["content"]
+        mine = completion[-1]["content"]
+        scores.append(0.5 + 0.5 * ((len(mine) > len(theirs)) - (len(mine) < len(theirs))))
+    return scores

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asn_policies import DistributionAwareTransform, LocalTransform, Pipeline, PolicyModule, SamplingNetwork
+from asn_policies import (
+    Asked,
+    DistributionAwareTransform,
+    LocalTransform,
+    Pipeline,
+    PolicyModule,
+    SamplingNetwork,
+)
 from asn_policies.cost import measure_cost
 from asn_policies.fallback import Fallback
 from asn_policies.recurrent import RecurrentPolicy
@@ -54,6 +61,13 @@ ELSEWHERE: dict[str, Callable[[], PolicyModule]] = {
 }
 # The observations here have an entropy on either side of one nat: some rows are the network's, some the rule's.
 GUARDED: dict[str, Callable[[], PolicyModule]] = {
+    "asked": lambda: Asked(
+        {
+            "policy": "asn_policies:OrderStatisticsNetwork",
+            "arguments": {"width": 16, "inputs": ["condition"], "condition_size": 1},
+        },
+        [0.7],
+    ),
     "fallback": lambda: Fallback(
         {"policy": "asn_policies:LocalTransform", "arguments": {"hidden": 16}},
         steps(temperature={"temperature": 1.73}),

@@ -160,6 +160,15 @@ def test_stage_by_stage_equals_all_at_once(folder: Path, asn_rl: Command) -> Non
         assert (folder / "whole" / name).read_bytes() == (folder / "parts" / name).read_bytes(), name
 
 
+def test_masked_labels_are_asked_for_again_until_they_are_used(folder: Path, asn_rl: Command) -> None:
+    assert asn_rl(*job("label"), "--retry-masked").status == 0
+    wrong = asn_rl(*job("label"), "--retry-masked", "nobody")
+    assert (wrong.status, "unknown labeller of this run 'nobody'" in wrong.stderr) == (2, True)
+    assert asn_rl(*job("select")).status == 0
+    late = asn_rl(*job("label"), "--retry-masked")
+    assert (late.status, "candidates are selected already" in late.stderr) == (2, True)
+
+
 def test_verify_tells_by_its_status_and_mends_what_is_missing(folder: Path, asn_rl: Command) -> None:
     assert asn_rl(*job("generate")).status == 0
     assert asn_rl(*job("verify")).status == 0

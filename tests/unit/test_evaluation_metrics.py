@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asn_rl.errors import InvalidValue, UnknownName
-from asn_rl.evaluation.metrics import METRICS, available, measure, parse_name, vote_at_k
+from asn_rl.evaluation.metrics import METRICS, available, measure, parse_name
 from asn_rl.evaluation.samples import Samples
-from asn_rl.evaluation.voting import vote_credit
+from asn_rl.evaluation.voting import vote_at_k, vote_credit
 from asn_rl.ops.ngrams import distinct_n, self_bleu
 from asn_rl.rewards.embedding_diversity import EMBEDDED, group_diversity
 

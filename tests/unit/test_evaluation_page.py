@@ -22,12 +22,11 @@ from asn_rl.analysis.frontier import Point, frontier, points
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
 from asn_rl.evaluation.leaderboard import leaderboard, merge_records
 from asn_rl.evaluation.multiplicity import compare_all
-from asn_rl.evaluation.off_policy import Resampling
 from asn_rl.evaluation.power import forecast
-from asn_rl.evaluation.record import Record, TaskSettings, as_interval, read_record, task_record, with_differences
+from asn_rl.evaluation.record import Record, TaskSettings, read_record, task_record, with_differences
 from asn_rl.evaluation.samples import Samples
 from asn_rl.evaluation.seeds import seed_report
-from asn_rl.evaluation.statistics import bootstrap
+from asn_rl.evaluation.statistics import Resampling, as_interval, bootstrap
 from asn_rl.runs import write_json
 
 NAN = math.nan

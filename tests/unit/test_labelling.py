@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +184,7 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
     program = f"""
 import resource, signal, sys
 from pathlib import Path
+from typing import Any
 from asn_rl.labelling.records import ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -306,6 +309,29 @@ def test_labelling_continues_with_what_is_not_done(whole: CandidateStore, tmp_pa
     np.testing.assert_array_equal(
         read_labels(tmp_path / name, name, GRID).scores, read_labels(full / name, name, GRID).scores
     )
+
+
+def test_masked_labels_are_asked_for_again(whole: CandidateStore, tmp_path: Path) -> None:
+    config = RewardConfig("toy_rewards:unreachable", arguments={"folder": str(tmp_path)})
+    place = tmp_path / "labels" / folder_name(config.function)
+
+    def scores(out: set[str], **options: Any) -> np.ndarray:
+        for prompt in BY_ID:
+            (tmp_path / prompt).touch() if prompt in out else (tmp_path / prompt).unlink(missing_ok=True)
+        label([config], whole, BY_ID, tmp_path / "labels", **options)
+        return read_labels(place, config.function, GRID).scores
+
+    expected = scores(set())
+    shutil.rmtree(tmp_path / "labels")
+    first = scores({"p1", "p2"})
+    assert np.isnan(first[:2]).all()
+    np.testing.assert_array_equal(scores(set()), first)  # nothing is asked again unless one says so
+    # p2 is still out, and p3, which is known, is so now: nothing that is known is lost.
+    second = scores({"p2", "p3"}, retry=[config.function])
+    np.testing.assert_array_equal(np.isnan(second).all((1, 2)), [False, True, False, False])
+    last = len(shards(place))
+    np.testing.assert_array_equal(scores(set(), retry=[config.function]), expected)
+    assert len(shards(place)[last].read_text().splitlines()) == whole.present[1].sum()  # p2 and no other
 
 
 @pytest.mark.parametrize("score_text", ["NaN", '"good"', "true", "1e999"])

@@ -29,7 +29,7 @@ LABELLERS = [RewardConfig("numeric_answer"), RewardConfig("length_budget", weigh
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder as the job leaves it: hot is right in one stratum, cold in the other."""
+    """A run folder as the job leaves it: hot is right in one stratum, cold in the other, with one exception."""
     prompts = {
         name: Prompt(name, f"What is {i} + 1? <i>", {"answer": str(i + 1)}) for i, name in enumerate(GRID.prompts)
     }
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Path:
 
 def candidate(prompt: str, heuristic: str, seed: int) -> Candidate:
     i = int(prompt[1:])
-    right = {"cold": i % 2 == 0, "hot": i % 2 == 1, "top_p=0.9": seed == 1}[heuristic]
+    right = {"cold": i % 2 == 0, "hot": i % 2 == 1 and (i, seed) != (5, 1), "top_p=0.9": seed == 1}[heuristic]
     text = f"<script>alert({seed})</script> so {i + 1 if right else i + 7}"
     return Candidate(prompt, heuristic, seed, text, list(range(seed + 4)), seed < 4)
 

@@ -10,8 +10,7 @@ from scipy.stats import t as student
 
 from asn_rl.errors import InvalidValue
 from asn_rl.evaluation.multiplicity import compare_all, holm
-from asn_rl.evaluation.off_policy import Resampling
-from asn_rl.evaluation.statistics import bootstrap
+from asn_rl.evaluation.statistics import Resampling, bootstrap
 
 NAN = math.nan
 

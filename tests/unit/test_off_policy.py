@@ -14,7 +14,6 @@ from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import DataError, InvalidValue
 from asn_rl.evaluation.off_policy import (
-    Resampling,
     decision_terms,
     doubly_robust,
     effective_sample_size,
@@ -25,7 +24,7 @@ from asn_rl.evaluation.off_policy import (
 )
 from asn_rl.evaluation.offline_tuning import best_setting, tuning_curve
 from asn_rl.evaluation.reward_log import RewardLog
-from asn_rl.evaluation.statistics import bootstrap
+from asn_rl.evaluation.statistics import Resampling, bootstrap
 from asn_rl.protocols import Policy
 from asn_rl.replay import replay
 from asn_rl.rollout import RolloutConfig, rollout

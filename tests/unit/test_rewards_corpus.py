@@ -526,9 +526,9 @@ def test_a_server_that_is_not_there_masks_everything(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"min_match": 3, "max_match": 2}, "max_match must be >= min_match=3"),
-        ({"url": "file:///etc/hostname"}, "url must be an address"),
+        ({"url": "file:///etc/hostname"}, "urls must be addresses such as"),
         ({"concurrency": 0}, "concurrency must be >= 1"),
-        ({"timeout_s": 0.0}, "timeout_s must be > 0 seconds"),
+        ({"timeout_s": 0.0}, "timeout_s must be > 0"),
         ({"retries": -1}, "retries must be >= 0"),
     ],
 )

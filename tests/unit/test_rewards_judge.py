@@ -12,7 +12,8 @@ from tiny_models import CONFIGS, tiny_backend
 from asn_rl.backends.hf import HFBackend
 from asn_rl.errors import InvalidValue, RewardError
 from asn_rl.ops.pairwise import bradley_terry, swiss_rounds
-from asn_rl.rewards.judge import INSTRUCTIONS, Comparison, LetterJudge, pairwise_judge, tournament, tournaments
+from asn_rl.rewards.judge import pairwise_judge, tournament, tournaments
+from asn_rl.rewards.letter_judge import INSTRUCTIONS, Comparison, LetterJudge
 from asn_rl.testing import check_reward
 
 

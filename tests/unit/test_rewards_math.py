@@ -9,7 +9,8 @@ import pytest
 
 from asn_rl.errors import RewardError
 from asn_rl.rewards import math as rewards_math
-from asn_rl.rewards.math import MathVerifier, is_astronomic, math_answer
+from asn_rl.rewards.astronomic import is_astronomic
+from asn_rl.rewards.math import MathVerifier, math_answer
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +64,36 @@ def test_gold_that_is_no_mathematics(verifier: MathVerifier) -> None:
         "$7^{10^8}$",
         "$2^{3^{20}}$",
         "9^9^9",
-        "99999999!",
-        "(1234567)!",
+        "$99999999!$",
+        "$(1234567)!$",
         "$2^{1000000}$",
         "2**(-1000000)",
-        "(" * 400 + "1" + ")" * 400,
-        "\\boxed{" + "{ " * 400,
-        "\\frac{1}{" * 60 + "3" + "}" * 60,
+        "$" + "(" * 400 + "1" + ")" * 400 + "$",
+        "$" + "\\frac{1}{" * 60 + "3" + "}" * 60 + "$",
         "$((9!)!)!$",
         "$(29!)!$",
     ],
 )
-def test_astronomic_texts_are_masked_and_counted(verifier: MathVerifier, text: str) -> None:
+def test_astronomic_answers_are_masked_and_counted(verifier: MathVerifier, text: str) -> None:
     verifier.counts.clear()
     assert verifier.verdicts([("7", text), (text, "7"), ("7", "7")]) == [None, None, True]
     assert verifier.counts == {"astronomic": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Evaluate $1^{(2^{235423523})}$. One to any power is one, so $\\boxed{1}$", True),
+        ("1^{(2^{235423523})} = 1", True),
+        ("10**10**10 is large. The answer is 2.", False),
+        ("Here $99999999!$ cancels, so the answer is 1", True),
+        ("(" * 400 + " and 1", True),
+    ],
+)
+def test_what_is_quoted_but_not_the_answer_masks_nothing(verifier: MathVerifier, text: str, verdict: bool) -> None:
+    verifier.counts.clear()
+    assert ask(verifier, "1", text) is verdict
+    assert not verifier.counts
 
 
 @pytest.mark.parametrize(
@@ -100,17 +116,19 @@ def test_ordinary_texts_are_not_astronomic(text: str) -> None:
     assert not is_astronomic(text)
 
 
-def test_killed_comparison_is_masked_counted_and_the_worker_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards_math, "is_astronomic", lambda text: False)
+SLOW = "$2^{2^{2^{2^{2^2}}}}$"
+"""whose text does not show how large it is"""
+
+
+def test_killed_comparison_is_masked_counted_and_the_worker_replaced() -> None:
     with MathVerifier(workers=1, time_limit=1) as verifier:
-        assert verifier.verdicts([("7", "$7^{10^{10}}$"), ("7", "7")]) == [None, True]
+        assert verifier.verdicts([("7", SLOW), ("7", "7")]) == [None, True]
         assert verifier.counts == {"timeout": 1}
 
 
-def test_alarm_inside_the_worker_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewards_math, "is_astronomic", lambda text: False)
+def test_alarm_inside_the_worker_is_no_verdict() -> None:
     with MathVerifier(workers=1, time_limit=20) as verifier:
-        assert verifier.verdicts([("7", "$7^{10^{10}}$")]) == [None]
+        assert verifier.verdicts([("7", SLOW)]) == [None]
         assert verifier.counts == {"error": 1}
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from asn_rl.errors import InvalidValue
-from asn_rl.evaluation.off_policy import Resampling
 from asn_rl.evaluation.seeds import over_seeds, seed_report
-from asn_rl.evaluation.statistics import Interval, bootstrap
+from asn_rl.evaluation.statistics import Interval, Resampling, bootstrap
 from asn_rl.evaluation.verdict import BETTER, NO_CLAIM, WORSE, claim, verdict
 
 NAN = math.nan

@@ -224,6 +224,7 @@ def test_other_statuses_are_final_and_quote_the_answer(status: int) -> None:
     with LocalServer(lambda payload: (status, b"top_q is unknown " * 50)) as server, ServerPool(config(server)) as pool:
         answers = post(pool, items(5))
         assert {answer.reason for answer in answers.values()} == {"status"}
+        assert answers[0].final
         assert answers[0].detail == f"{server.url}: status {status}: " + ("top_q is unknown " * 50)[:200]
         assert len(server.payloads) == 5
 
@@ -260,6 +261,17 @@ def test_no_server_at_the_start() -> None:
         with pytest.raises(BackendError, match="no inference server is healthy"):
             next(pool.post("/square", items(1)))
         assert not ill.payloads
+
+
+def test_servers_without_a_health_path_are_tried_again_instead() -> None:
+    def moody(payload: dict[str, Any]) -> Reply:
+        return (500, "ill") if len(server.payloads) <= 5 else square(payload)
+
+    with LocalServer(moody) as server, ServerPool(config(server, health_path=None, retries=9)) as pool:
+        server.healthy = False  # which nobody asks
+        assert post(pool, items(8)) == squares(8)
+        assert server.health_checks == 0
+        assert pool.stats()[server.url]["alive"]
 
 
 def test_a_silent_health_check_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:

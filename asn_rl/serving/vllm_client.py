@@ -1,0 +1,33 @@
+"""Completions from vLLM servers that decode with our policies; see `asn_rl.serving.client`."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from asn_rl.backends.server_generation import PATHS, Kind, sampling_params
+from asn_rl.serving.client import PooledClient
+from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT, REQUEST_ARGUMENT
+
+
+class VLLMClient(PooledClient):
+    """Completions from vLLM servers that `asn_rl.serving.vllm_server` started.
+
+    Every request has a name of its own; one whose policy failed comes back as failed, with the reason.
+    """
+
+    kind: Kind = "vllm"
+    path = PATHS["vllm"]
+
+    def payload(
+        self, prompt_ids: list[int], policy: str | None, max_new_tokens: int, seed: int | None, stop: list[int]
+    ) -> dict[str, Any]:
+        """The body of a request to `/v1/completions`."""
+        body = {"prompt": prompt_ids, "max_tokens": max_new_tokens, "stop_token_ids": stop, "logprobs": 0}
+        body |= sampling_params("vllm", []) | {"return_token_ids": True}
+        if seed is not None:
+            body["seed"] = seed
+        if policy is None:
+            return body
+        arguments = {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: max_new_tokens, REQUEST_ARGUMENT: uuid.uuid4().hex}
+        return body | {"vllm_xargs": arguments}
