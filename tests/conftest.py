@@ -3,6 +3,8 @@
 Tests that are skipped, and why (a name here is the only way to skip):
 * those that use `benchmark_data`, where neither ASN_RL_DATA nor a folder `shared/data` beside the checkout holds the
   benchmark files, whose licences do not all allow shipping them;
+* those that use `sglang_server`, `vllm_server` or `vllm_python`, where ASN_RL_SGLANG_PYTHON or ASN_RL_VLLM_PYTHON
+  does not name the Python of an environment with the engine (`tests/contracts/conftest.py`): 3 GB each;
 * those that use `compiler`, where there is no C compiler;
 * those that use `triton_interpreter`, where Triton is not installed (it has no builds but for Linux).
 """

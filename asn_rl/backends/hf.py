@@ -18,7 +18,15 @@ from weakref import WeakValueDictionary
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from asn_rl.backends.batching import chunks_by_prompt, chunks_of_similar_length
 from asn_rl.backends.embedded import resolve_model
@@ -82,7 +90,7 @@ class HFBackend:
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.device = torch.device(model.device)
-        self.fingerprint = _fingerprint(model, tokenizer)
+        self.fingerprint = _fingerprint(model.config, tokenizer)
         parameters = inspect.signature(model.forward).parameters
         # Models without it count positions by slot (ALiBi) or from the mask.
         self._takes_positions = "position_ids" in parameters
@@ -512,14 +520,19 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return frozenset(ids)
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def base_model_fingerprint(model: str) -> str:
+    """`LogitsBackend.fingerprint` of a model by folder or hub id; its weights are not read."""
+    return _fingerprint(AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+
+
+def _fingerprint(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the architecture and the vocabulary, independent of dtype, device and library versions."""
-    config = {
+    architecture = {
         key: value
-        for key, value in model.config.to_dict().items()
+        for key, value in config.to_dict().items()
         if key not in {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
     }
-    text = json.dumps([config, sorted(tokenizer.get_vocab().items())], sort_keys=True, default=str)
+    text = json.dumps([architecture, sorted(tokenizer.get_vocab().items())], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from asn_rl.backends.embedded import resolve_model
+from asn_rl.backends.hf import base_model_fingerprint
 from asn_rl.errors import AsnError, ConfigError
 from asn_rl.serving import _sglang_cpu
 from asn_rl.serving.settings import STATUS, STATUS_PATH, ServingSettings
 from asn_rl.serving.sglang import secure
 from asn_rl.serving.status import read_status
-from asn_rl.serving.vllm_server import base_model_fingerprint
 
 _FLAGS = ("--enable-custom-logit-processor", "--disable-overlap-schedule")
 

@@ -46,8 +46,8 @@ class Table:
         self._claim(keys)
         index = self._index(keys, next(iter(values.values())).device)
         for name, part in values.items():
-            if name not in self._columns or len(self._columns[name]) < self._capacity:
-                self._columns[name] = self._grown(self._columns.get(name), part)
+            if name not in self._columns:
+                self._columns[name] = self._grown(None, part)
             column = self._columns[name]
             column[index] = part.to(column.dtype)
         if "steps" in values:
@@ -62,6 +62,7 @@ class Table:
         if len(new) > len(self._free):
             more = max(_FEWEST, self._capacity, len(new))
             self._free += range(self._capacity, self._capacity + more)
+            self._columns = {name: self._grown(column, column) for name, column in self._columns.items()}
         for key in new:
             self._slots[key] = self._free.pop()
 

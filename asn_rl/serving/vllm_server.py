@@ -24,25 +24,14 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from asn_rl.backends.embedded import resolve_model
+from asn_rl.backends.hf import base_model_fingerprint
 from asn_rl.errors import AsnError, BackendError
 from asn_rl.serving.host import policy_names
 from asn_rl.serving.settings import STATUS_PATH, ServingSettings
 
 PROCESSOR, MIDDLEWARE = "asn_rl.serving.vllm:PolicyLogitsProcessor", "asn_rl.serving.reports.policy_reports"
-
-
-def base_model_fingerprint(model: str) -> str:
-    """`LogitsBackend.fingerprint` of a model by folder or hub id, without its weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from asn_rl.backends.hf import _fingerprint
-
-    stand_in: Any = SimpleNamespace(config=AutoConfig.from_pretrained(model))
-    return _fingerprint(stand_in, AutoTokenizer.from_pretrained(model))
 
 
 def command(model: str, host: str, port: int, *, cpu: bool, extra: Sequence[str] = ()) -> list[str]:
