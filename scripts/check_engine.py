@@ -57,8 +57,8 @@ class Bounds:
     largest: float
 
 
-BOUNDS = {"float32": Bounds(1e-4, 1e-3), "bfloat16": Bounds(0.03, 0.5)}
-"""bfloat16: twice what was measured, rounded"""
+BOUNDS = {"float32": Bounds(1e-4, 1e-3), "bfloat16": Bounds(0.12, 1.3)}
+"""bfloat16: twice what was measured, of vLLM 0.32 on a CPU without bf16 units against transformers there"""
 
 
 def write_policies(folder: Path, backend: LogitsBackend, size: SketchSize) -> None:
@@ -109,19 +109,15 @@ def greedy_gaps(client: PooledClient, backend: LogitsBackend, prompts: Sequence[
 
 
 def logprob_differences(
-    client: PooledClient, backend: LogitsBackend, folder: Path, name: str, prompts: Sequence[Prompt], tokens: int
+    client: PooledClient, backend: LogitsBackend, folder: Path, name: str | None, prompts: Sequence[Prompt], tokens: int
 ) -> Tensor:
-    """|served - replayed| log-probs of sampled completions, nats, one a token."""
+    """|served - replayed| log-probs of sampled completions, nats, one a token; name None: of the base model."""
+    policy = Pipeline([]) if name is None else load_policy(folder / name)
     ids = [backend.encode(prompt.content) for prompt in prompts]
     seeds = list(range(len(prompts)))
     answers = served_or_raise(client.complete(ids, policy=name, max_new_tokens=tokens, seeds=seeds))
-    replayed, _ = replay(
-        load_policy(folder / name),
-        backend,
-        prompts,
-        [answer.completion_ids for answer in answers],
-        RolloutConfig(tokens),
-    )
+    completions = [answer.completion_ids for answer in answers]
+    replayed, _ = replay(policy, backend, prompts, completions, RolloutConfig(tokens))
     served = torch.tensor([value for answer in answers for value in answer.logprobs])
     return (served - replayed.behaviour_logprobs).abs()
 
@@ -191,12 +187,11 @@ def _checked(client: PooledClient, options: argparse.Namespace) -> int:
     same, ok = sum(gap == 0 for gap in gaps), max(gaps) <= 2 * bounds.largest
     print(f"greedy: {same} of {len(gaps)} completions are the same, others part at {max(gaps):.2g} nats", _word(ok))
     wrong += not ok
-    for name in (LEARNED, RECURRENT, REPETITION):
+    for name in (None, LEARNED, RECURRENT, REPETITION):
         found = logprob_differences(client, backend, options.policies, name, prompts, options.tokens)
         ok = bool(found.mean() <= bounds.mean and found.max() <= bounds.largest)
-        print(
-            f"{name}: log-probs differ by {found.mean():.2g}, at most {found.max():.2g}, {len(found)} tokens", _word(ok)
-        )
+        says = f"log-probs differ by {found.mean():.2g}, at most {found.max():.2g}, {len(found)} tokens"
+        print(f"{name or 'base model'}: {says}", _word(ok))
         wrong += not ok
     where = contexts(backend, prompts, options.contexts)
     values = point_pvalues(client, backend, load_policy(options.policies / LEARNED), LEARNED, where, options.draws)
