@@ -33,6 +33,10 @@ from asn_rl.serving.settings import STATUS_PATH, ServingSettings
 
 PROCESSOR, MIDDLEWARE = "asn_rl.serving.vllm:PolicyLogitsProcessor", "asn_rl.serving.reports.policy_reports"
 
+_ON_CPUS = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""vLLM 0.32 on CPUs dies of a request with a seed whose prompt is read in chunks ("CPU Generator does not use
+offset"), whoever sends it"""
+
 
 def command(model: str, host: str, port: int, *, cpu: bool, extra: Sequence[str] = ()) -> list[str]:
     """The command that starts vLLM's API server with policies.
@@ -44,7 +48,7 @@ def command(model: str, host: str, port: int, *, cpu: bool, extra: Sequence[str]
     start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     start += ["--host", host, "--port", str(port), "--logits-processors", PROCESSOR, "--middleware", MIDDLEWARE]
     start += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    return [*start, *(["--enforce-eager"] if cpu else []), *extra]
+    return [*start, *(_ON_CPUS if cpu else []), *extra]
 
 
 def cpu_environment(kv_cache_gb: int, threads: int | None) -> dict[str, str]:

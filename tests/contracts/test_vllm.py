@@ -126,6 +126,12 @@ def test_a_failing_policy_fails_its_requests_and_no_others(
     assert status["policies"][GREEDY]["failed"] == 0
 
 
+def test_seeded_prompts_that_fill_more_than_a_step_leave_the_engine_alive(client: VLLMClient) -> None:
+    """Read in chunks, they end vLLM 0.32 on CPUs; our launcher sees to it that they are not."""
+    prompts = [[4 + i] * 300 for i in range(8)]
+    served_or_raise(client.complete(prompts, policy=GREEDY, max_new_tokens=1, seeds=list(range(8))))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

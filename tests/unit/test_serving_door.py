@@ -152,7 +152,7 @@ def test_the_client_sends_tokens_and_gets_tokens() -> None:
 
 def test_only_cpus_get_settings_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu, on_cpu = (command("model", "127.0.0.1", 8000, cpu=cpu, extra=["--max-model-len", "9"]) for cpu in (0, 1))
-    assert [word for word in on_cpu if word not in on_gpu] == ["--enforce-eager"]
+    assert [word for word in on_cpu if word not in on_gpu] == ["--enforce-eager", "--no-enable-chunked-prefill"]
     assert on_gpu[-2:] == ["--max-model-len", "9"]
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
