@@ -5,7 +5,8 @@ Tests that are skipped, and why (a name here is the only way to skip):
   benchmark files, whose licences do not all allow shipping them;
 * those that use `sglang_server`, `vllm_server` or `vllm_python`, where ASN_RL_SGLANG_PYTHON or ASN_RL_VLLM_PYTHON
   does not name the Python of an environment with the engine (`tests/contracts/conftest.py`): 3 GB each;
-* `tests/unit/test_serving_vllm.py`, where vLLM is not installed: `tests/contracts/test_vllm.py` runs it in vLLM's Python;
+* `tests/unit/test_serving_vllm.py`, where vLLM is not installed: `tests/contracts/test_vllm.py` runs it in vLLM's
+  Python;
 * those that use `compiler`, where there is no C compiler;
 * those that use `triton_interpreter`, where Triton is not installed (it has no builds but for Linux).
 """
