@@ -7,9 +7,7 @@ acts on the distribution: the model's `generation_config` is used for its end-of
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,19 +16,13 @@ from weakref import WeakValueDictionary
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from asn_rl.backends.batching import chunks_by_prompt, chunks_of_similar_length
 from asn_rl.backends.embedded import resolve_model
+from asn_rl.backends.fingerprint import fingerprint
 from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
+from asn_rl.backends.model_parts import CaptureHidden, final_norm, output_embedding
 from asn_rl.errors import BackendError, InvalidValue
 from asn_rl.protocols import Scored
 from asn_rl.types import Messages
@@ -86,11 +78,11 @@ class HFBackend:
         config = model.config.get_text_config()
         self.vocab_size: int
         self.hidden_size: int  # of what the output embedding reads; some models project before it
-        self.vocab_size, self.hidden_size = _output_embedding(model).weight.shape  # type: ignore[misc]
+        self.vocab_size, self.hidden_size = output_embedding(model).weight.shape  # type: ignore[misc]
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.device = torch.device(model.device)
-        self.fingerprint = _fingerprint(model.config, tokenizer)
+        self.fingerprint = fingerprint(model.config, tokenizer)
         parameters = inspect.signature(model.forward).parameters
         # Models without it count positions by slot (ALiBi) or from the mask.
         self._takes_positions = "position_ids" in parameters
@@ -163,7 +155,7 @@ class HFBackend:
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], *, hidden: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         ids = torch.tensor([[*prompt_ids, *completion_ids]], device=self.device)
-        with _CaptureHidden(self.model) as captured:
+        with CaptureHidden(self.model) as captured:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(completion_ids) + 1).logits
         states = captured.value[0, :-1, 0].float().clone() if hidden else None
         return logits[0, :-1].clone(), states
@@ -210,7 +202,7 @@ class HFBackend:
 
     def layer_logits(self, states: Tensor) -> Tensor:
         """(B, L, V) what the model's final norm and output embedding make of states (B, L, D) of earlier layers."""
-        return _output_embedding(self.model)(_final_norm(self.model)(states))
+        return output_embedding(self.model)(final_norm(self.model)(states))
 
     def _scored_behind_prompts(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layers: Sequence[int]
@@ -237,7 +229,7 @@ class HFBackend:
         sequences = [[*prompt, *row] for prompt, row in zip(prompts, completions, strict=True)]
         ids, real = self._padded_right(sequences)
         skipped = min(map(len, prompts)) - 1
-        with _CaptureHidden(self.model, layers) as captured:
+        with CaptureHidden(self.model, layers) as captured:
             logits = self.model(
                 input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=ids.shape[1] - skipped
             ).logits
@@ -274,7 +266,7 @@ class HFBackend:
         explicit: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             explicit["position_ids"] = positions
-        with _CaptureHidden(self.model, layers) as captured:
+        with CaptureHidden(self.model, layers) as captured:
             output = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=keep, **explicit)
         return output.logits, captured.value
 
@@ -420,60 +412,6 @@ class HFSession:
         self.layer_logits = self.backend.layer_logits(states[:, 1:]) if self.layers else None
 
 
-class _CaptureHidden:
-    """The input of the output embedding, the hidden state as the language-model head reads it, for any model; behind it
-    the outputs of some earlier layers. `value` is (B, keep, 1 + L, D) after a forward pass."""
-
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
-        self.head = _output_embedding(model)
-        self.layers = [_decoder_layer(model, layer) for layer in layers]
-        self.outputs: list[Tensor] = []
-        self.value = torch.empty(0)
-
-    def __enter__(self) -> _CaptureHidden:
-        self.handles = [layer.register_forward_hook(self._keep_layer) for layer in self.layers]
-        self.handles.append(self.head.register_forward_pre_hook(self._keep))
-        return self
-
-    def _keep_layer(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    def _keep(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        keep = inputs[0].shape[1]
-        self.value = torch.stack([inputs[0], *(output[:, -keep:] for output in self.outputs)], 2)
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _decoder_layer(model: PreTrainedModel, layer: int) -> torch.nn.Module:
-    """The `layer`-th decoder layer, counted from 1; the last one is no earlier layer."""
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if not stacks:
-        raise BackendError(f"{type(model).__name__} has no list of {count} decoder layers; leave rollout.layers empty")
-    if not 1 <= layer < count:
-        raise InvalidValue("layer", layer, f"in [1, {count - 1}], the earlier layers of {type(model).__name__}")
-    return stacks[0][layer - 1]
-
-
-def _final_norm(model: PreTrainedModel) -> torch.nn.Module:
-    """What stands between the last decoder layer and the output embedding."""
-    for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm"):
-        module = getattr(model.base_model, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
-    raise BackendError(f"{type(model).__name__} has no final norm of a known name; leave rollout.layers empty")
-
-
-def _output_embedding(model: PreTrainedModel) -> torch.nn.Module:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise BackendError(f"{type(model).__name__} has no output embedding; give a causal language model")
-    return head
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies bf16 matrices natively, else float32.
 
@@ -518,22 +456,6 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if not ids:
         raise BackendError(f"{model.name_or_path!r} declares no end-of-sequence token; set one in its tokenizer")
     return frozenset(ids)
-
-
-def base_model_fingerprint(model: str) -> str:
-    """`LogitsBackend.fingerprint` of a model by folder or hub id; its weights are not read."""
-    return _fingerprint(AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model))
-
-
-def _fingerprint(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the architecture and the vocabulary, independent of dtype, device and library versions."""
-    architecture = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
-    }
-    text = json.dumps([architecture, sorted(tokenizer.get_vocab().items())], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _gathered(logits: Tensor, tokens: Sequence[int]) -> Tensor:

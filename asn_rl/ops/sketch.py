@@ -304,12 +304,13 @@ def expand(logits: Tensor, points: PointMap, shift: Tensor, out: Tensor | None =
     boundary = points.boundary.reshape(len(rows), 1)
     differentiable = torch.is_grad_enabled() and shift.requires_grad
     implementation = reference if differentiable else passes(rows)  # the compiled ones have no backward pass
-    moved = implementation.move(rows, boundary, table.reshape(len(rows), -1), None if out is None else _rows(out))
+    to = _rows(out) if out is not None and out.is_contiguous() and out.dtype == torch.float32 else None
+    moved = implementation.move(rows, boundary, table.reshape(len(rows), -1), to)
     moved = moved.reshape(logits.shape)
     moved = _put(moved, points.head_ids, head_values, points.head_slot >= 0)
     if points.own_ids is not None and own is not None and own_values is not None:
         moved = _put(moved, own, own_values, points.own_ids >= 0)
-    return moved
+    return moved if out is None or to is not None else out.copy_(moved)
 
 
 def _put(into: Tensor, ids: Tensor, values: Tensor, valid: Tensor) -> Tensor:

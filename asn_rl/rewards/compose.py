@@ -146,7 +146,7 @@ class RewardSuite:
             RewardError: a broken contract, or every score of the call is masked.
         """
         found, counts, reasons = self._scores(prompts, completions, completion_ids, terminated)
-        scores = {name: _as_tensor(values) for name, values in found.items()}
+        scores = {name: scores_tensor(values) for name, values in found.items()}
         if all(bool(part.isnan().all()) for part in scores.values()):
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise RewardError(f"every score of this call is masked, there is nothing to learn from. {why}")
@@ -350,7 +350,8 @@ def _group_spans(ids: Sequence[str]) -> list[tuple[int, int]]:
     return list(pairwise([*starts, len(ids)]))
 
 
-def _as_tensor(values: Sequence[float | None]) -> Tensor:
+def scores_tensor(values: Sequence[float | None]) -> Tensor:
+    """(B,) float64 scores, NaN where masked."""
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 

@@ -112,7 +112,7 @@ class PooledClient(ABC):
         def payloads() -> Iterator[dict[str, Any]]:
             for i, ids in enumerate(prompt_ids):
                 for g in range(num_generations):
-                    seed = None if seeds is None else completion_seed(seeds[i], g)
+                    seed = None if seeds is None else derived_seed(seeds[i], g)
                     yield self.payload(list(ids), policy, max_new_tokens, seed, sorted(stop_token_ids))
 
         answers = dict(self.pool.post(self.path, payloads()))
@@ -172,9 +172,9 @@ class SGLangClient(PooledClient):
         return body | {"custom_logit_processor": PROCESSOR}
 
 
-def completion_seed(seed: int, generation: int) -> int:
-    """Seed in [0, 2^31) of one completion of a prompt: completions of a prompt differ, whatever the engine does."""
-    digest = hashlib.sha256(f"{seed}/{generation}".encode()).digest()
+def derived_seed(seed: int, key: int | str) -> int:
+    """Seed in [0, 2^31) of a part: completions of a prompt, or prompts of a step, differ whatever the engine does."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
 

@@ -17,18 +17,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from asn_rl.backends.embedded import resolve_model
-from asn_rl.backends.hf import base_model_fingerprint
 from asn_rl.errors import AsnError, ConfigError
 from asn_rl.serving import _sglang_cpu
-from asn_rl.serving.settings import STATUS, STATUS_PATH, ServingSettings
+from asn_rl.serving.launching import launcher_parser, parsed, serving_settings
+from asn_rl.serving.settings import STATUS, STATUS_PATH
 from asn_rl.serving.sglang import secure
 from asn_rl.serving.status import read_status
 
@@ -72,10 +70,7 @@ def prepare(options: argparse.Namespace, passed_on: Sequence[str]) -> list[str]:
     if on_cpu:
         os.environ.update(_sglang_cpu.ENVIRONMENT)
         _sglang_cpu.install()  # reading the tokenizer asks for torchvision
-    status = options.status or Path(tempfile.mkdtemp(prefix="asn_rl_status_"))
-    _remove_reports(status)
-    fingerprint = None if options.any_base_model else base_model_fingerprint(model)
-    settings = ServingSettings(options.policies, status, fingerprint, options.tracked)
+    settings = serving_settings(options, model)
     os.environ.update(settings.environment())
     # A policy that changes just then may be old on one rank and new on another: they are to agree on the token.
     os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", str(_is_parallel(passed_on)).lower())
@@ -85,33 +80,14 @@ def prepare(options: argparse.Namespace, passed_on: Sequence[str]) -> list[str]:
 
 
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    cut = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(
-        prog="python -m asn_rl.serving.sglang_server",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = launcher_parser("asn_rl.serving.sglang_server", __doc__, port=30000, reports="a new temporary one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", required=True, help="base model: short name, folder or hub id")
-    parser.add_argument("--policies", required=True, type=Path, help="folder of policy folders")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=30000, help="default 30000")
-    parser.add_argument("--status", type=Path, help="folder for reports (default: a new temporary one)")
-    parser.add_argument("--any-base-model", action="store_true", help="serve policies of other base models too")
-    parser.add_argument("--tracked", type=int, default=32, help="tracked tokens, as in training (default 32)")
     parser.add_argument("--device", default=device, help=f"where the base model runs (default here: {device})")
-    return parser.parse_args(given[:cut]), given[cut + 1 :]
+    return parsed(parser, arguments)
 
 
 def _is_parallel(passed_on: Sequence[str]) -> bool:
     return any(argument.split("=")[0] in ("--tp", "--tp-size", "--tensor-parallel-size") for argument in passed_on)
-
-
-def _remove_reports(folder: Path) -> None:
-    """What an earlier server reported."""
-    for path in folder.glob("status-*.json"):
-        path.unlink()
 
 
 async def _status() -> dict[str, Any]:

@@ -17,18 +17,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from asn_rl.backends.embedded import resolve_model
-from asn_rl.backends.hf import base_model_fingerprint
 from asn_rl.errors import AsnError, BackendError
 from asn_rl.serving.host import policy_names
+from asn_rl.serving.launching import launcher_parser, parsed, serving_settings
 from asn_rl.serving.settings import STATUS_PATH, ServingSettings
 
 PROCESSOR, MIDDLEWARE = "asn_rl.serving.vllm:PolicyLogitsProcessor", "asn_rl.serving.reports.policy_reports"
@@ -95,12 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Start the server, say when it is ready, and end with it."""
     options, extra = _options(arguments)
     try:
-        status = options.status or Path(tempfile.mkdtemp(prefix="asn_rl-status-"))
-        settings = ServingSettings(options.policies, status, None, options.tracked)
         model = resolve_model(options.model)
-        if not options.any_base_model:
-            settings = replace(settings, fingerprint=base_model_fingerprint(model))
-        _remove_reports(status)
+        settings = serving_settings(options, model)
         process = _start(model, settings, options, extra)
     except AsnError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -112,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process.terminate()
         process.wait()
         if options.status is None:
-            shutil.rmtree(status, ignore_errors=True)
+            shutil.rmtree(settings.status, ignore_errors=True)
 
 
 def _start(
@@ -142,31 +136,12 @@ def _serve(process: subprocess.Popen[bytes], settings: ServingSettings, options:
         return 130
 
 
-def _remove_reports(folder: Path) -> None:
-    """What an earlier engine reported."""
-    for path in folder.glob("status-*.json"):
-        path.unlink()
-
-
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    cut = given.index("--") if "--" in given else len(given)
-    parser = argparse.ArgumentParser(
-        prog="python -m asn_rl.serving.vllm_server",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="base model: short name, folder or hub id")
-    parser.add_argument("--policies", required=True, type=Path, help="folder of policy folders")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="default 8000")
-    parser.add_argument("--status", type=Path, help="folder for reports (default: one that ends with the server)")
-    parser.add_argument("--any-base-model", action="store_true", help="serve policies of other base models too")
-    parser.add_argument("--tracked", type=int, default=32, help="tracked tokens, as in training (default 32)")
+    parser = launcher_parser("asn_rl.serving.vllm_server", __doc__, port=8000, reports="one that ends with the server")
     parser.add_argument("--wait", type=float, default=600.0, help="seconds until it must be healthy (default 600)")
     parser.add_argument("--kv-cache-gb", type=int, default=2, help="memory for keys and values, on CPUs (default 2)")
     parser.add_argument("--threads", type=int, help="cores to use, on CPUs (default: all)")
-    return parser.parse_args(given[:cut]), given[cut + 1 :]
+    return parsed(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from asn_rl.errors import RewardError
-from asn_rl.rewards.compose import RewardResult, RewardSuite, combined, score
+from asn_rl.rewards.compose import RewardResult, RewardSuite, combined, score, scores_tensor
 from asn_rl.training import parallel
 from asn_rl.training.minibatches import turns
 from asn_rl.types import Trajectories
@@ -33,7 +31,7 @@ def scored(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
         terminated = trajectories.terminated.tolist()
         texts = (trajectories.completions, trajectories.completion_ids)
         found, counts = rewards.scores(prompts, *texts, terminated=terminated)
-    own = {name: _as_tensor(values) for name, values in found.items()}
+    own = {name: scores_tensor(values) for name, values in found.items()}
     everyone = {name: parallel.gathered(values) for name, values in own.items()}
     if all(bool(values.isnan().all()) for values in everyone.values()):
         raise RewardError(
@@ -47,10 +45,6 @@ def scored(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
 
 def _columns(trajectories: Trajectories) -> list[str]:
     return list(dict.fromkeys(name for prompt in trajectories.prompts for name in prompt.columns))
-
-
-def _as_tensor(values: list[float | None]) -> Tensor:
-    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 def rollout_metrics(trajectories: Trajectories, result: RewardResult) -> dict[str, float]:

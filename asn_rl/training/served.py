@@ -14,13 +14,12 @@ How often each token's *state* is visited is not corrected: that ratio is a prod
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,14 +32,12 @@ from asn_rl.protocols import LogitsBackend, TrainablePolicy
 from asn_rl.replay import replay
 from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.runs import console
+from asn_rl.serving.client import EngineClient, Served, SGLangClient, derived_seed
 from asn_rl.serving.decoder import SERVED_INPUTS
 from asn_rl.stopping import has_ended
 from asn_rl.training import parallel
 from asn_rl.training.policy_gradient import IMPORTANCE
 from asn_rl.types import Prompt, Trajectories
-
-if TYPE_CHECKING:
-    from asn_rl.serving.client import EngineClient, Served
 
 SERVED_LOGPROBS = "served_logprobs"
 """extra of the trajectories: (S,) log-probs of the tokens as the servers drew them"""
@@ -80,8 +77,6 @@ def served_sampler(
 
         client = VLLMClient(config.pool)
     else:
-        from asn_rl.serving.client import SGLangClient
-
         client = SGLangClient(config.pool, router=config.router)
     with client:
         yield ServedSampler(client, backend, rollout_config, config, metadata)
@@ -130,7 +125,7 @@ class ServedSampler:
             if parallel.is_main():
                 save_policy(Path(self.config.policies) / self.config.name, policy, **self.metadata)
         prompt_ids = encoded_prompts(self.backend, prompts, self.rollout_config.max_new_tokens)
-        seeds = [_prompt_seed(seed, prompt.id) for prompt in prompts]
+        seeds = [derived_seed(seed, prompt.id) for prompt in prompts]
         answers = self._ask(prompt_ids, num_generations, seeds)
         places = [(i, g) for i in range(len(prompts)) for g in range(num_generations)]
         found = [(i, g, answer) for (i, g), answer in zip(places, answers, strict=True) if answer.failed is None]
@@ -225,11 +220,6 @@ def without_forbidden(trajectories: Trajectories) -> Trajectories:
             "sample from this policy, and from the base model of this run?"
         )
     return trajectories.select([i for i in range(len(trajectories)) if i not in lost])
-
-
-def _prompt_seed(seed: int, prompt_id: str) -> int:
-    """In [0, 2^31). Prompts differ, so that an engine that heeds seeds draws different numbers for each."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:4], "little") >> 1
 
 
 _ADVICE = "Start or repair the servers, then run the same command again: it resumes from the last checkpoint"

@@ -14,7 +14,7 @@ from local_server import Break, LocalServer, Reply, unused_port
 
 from asn_rl.backends.servers import ServersConfig
 from asn_rl.errors import BackendError, DataError, InvalidValue
-from asn_rl.serving.client import EngineClient, Served, SGLangClient, completion_seed
+from asn_rl.serving.client import EngineClient, Served, SGLangClient, derived_seed
 from asn_rl.serving.sglang import PROCESSOR, arguments_of
 
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -62,7 +62,7 @@ def test_tokens_go_in_and_come_out(started: Start) -> None:
         assert sampling["custom_params"] == {"asn_policy": "math", "asn_budget": 2}
         assert (sampling["temperature"], sampling["top_k"], sampling["stop_token_ids"]) == (1.0, -1, [0, 9])
     assert {sampling["sampling_seed"] for sampling in sent} == {
-        completion_seed(seed, g) for seed in (7, 8) for g in range(3)
+        derived_seed(seed, g) for seed in (7, 8) for g in range(3)
     }
     assert len({sampling["sampling_seed"] for sampling in sent}) == 6
 

@@ -34,8 +34,8 @@ class Passes(Protocol):
         ...
 
     def move(self, rows: Tensor, boundary: Tensor, by: Tensor, out: Tensor | None) -> Tensor:
-        """(B, V) fp32 `rows + by[half-octave]` for tail tokens, `by` (B, 256); head tokens hold anything. `out` may be
-        the rows themselves."""
+        """(B, V) fp32 `rows + by[half-octave]` for tail tokens, `by` (B, 256); head tokens hold anything. `out`
+        is contiguous and may be the rows themselves."""
         ...
 
     def draw(self, rows: Tensor, boundary: Tensor, low: Tensor, high: Tensor, uniforms: Tensor) -> Tensor:

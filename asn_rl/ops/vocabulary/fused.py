@@ -47,13 +47,12 @@ def summarise(rows: Tensor, k: int, bin_of: Tensor, bins: int) -> Summary:
 def move(rows: Tensor, boundary: Tensor, by: Tensor, out: Tensor | None) -> Tensor:
     """See `Passes`."""
     rows = _plain(rows)
-    fits = out is not None and out.stride(-1) == 1 and out.dtype == torch.float32
-    to = out if out is not None and fits else torch.empty(rows.shape, device=rows.device)
+    to = torch.empty(rows.shape, device=rows.device) if out is None else out
     _kernels().move[(len(rows), -(-rows.shape[1] // _BLOCK))](
         rows, rows.stride(0), rows.shape[1], tail_start(boundary).contiguous(), half_octave_starts(rows.device),
         by.contiguous(), to, to.stride(0), _BLOCK, OCTAVES, FLOOR_NATS,
     )  # fmt: skip
-    return to if out is None or out is to else out.copy_(to)
+    return to
 
 
 def draw(rows: Tensor, boundary: Tensor, low: Tensor, high: Tensor, uniforms: Tensor) -> Tensor:
