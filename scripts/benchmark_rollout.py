@@ -2,7 +2,7 @@
 
 The same 64 ragged chat prompts (short questions and longer requests in turn), natural lengths: until the end of the
 turn or the token limit. The policy is fresh, that is: the base model, so both sides sample from the same distribution;
-end-of-turn tokens are the same, too.
+end-of-turn tokens are the same, too. `generate` runs on the model as transformers loads it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from itertools import cycle
+from typing import Any
 
 from asn_rl.threads import limit_spinning, set_threads
 
@@ -17,9 +18,11 @@ limit_spinning()
 
 import torch
 from _benchmark import finish, options
+from transformers import AutoModelForCausalLM
 
 from asn_policies import OrderStatisticsNetwork
 from asn_rl.backends import BackendConfig, load_backend
+from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.hf import HFBackend
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.rollout import RolloutConfig, rollout
@@ -52,9 +55,10 @@ def main() -> int:
         for i, short in zip(range(count), cycle(questions), strict=False)
     ]
     rounds = 1 if arguments.quick else 2
+    peer = AutoModelForCausalLM.from_pretrained(resolve_model(BackendConfig().model), dtype=backend.model.dtype)
     ours, theirs = [], []
     for seed in range(rounds):
-        sides = [side(backend, prompts, tokens, seed) for side in (_ours, _theirs)]
+        sides = [_ours(backend, prompts, tokens, seed), _theirs(peer, backend, prompts, tokens, seed)]
         for rates, (rate, _) in zip((ours, theirs), sides, strict=True):
             rates.append(rate)
         said = [
@@ -74,13 +78,13 @@ def _ours(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> 
 
 
 @torch.inference_mode()
-def _theirs(backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> tuple[float, float]:
+def _theirs(model: Any, backend: HFBackend, prompts: list[Prompt], tokens: int, seed: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     eos = sorted(backend.eos_token_ids)
     begin = time.perf_counter()
     texts = [str(backend.tokenizer.decode(backend.encode(prompt.content))) for prompt in prompts]
     batch = backend.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    output = backend.model.generate(  # type: ignore[operator]
+    output = model.generate(
         **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, eos_token_id=eos,
         pad_token_id=eos[0],
     )[:, batch["input_ids"].shape[1] :]  # fmt: skip

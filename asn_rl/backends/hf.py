@@ -23,6 +23,7 @@ from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.fingerprint import fingerprint
 from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
 from asn_rl.backends.model_parts import CaptureHidden, final_norm, output_embedding
+from asn_rl.backends.weight_layout import store_by_input
 from asn_rl.errors import BackendError, InvalidValue
 from asn_rl.protocols import Scored
 from asn_rl.types import Messages
@@ -114,6 +115,7 @@ class HFBackend:
                 "language model, or the embedded name smollm2-135m-instruct"
             ) from error
         _models[key] = model.to(device)  # type: ignore[call-arg]
+        store_by_input(model)
         return cls(
             model,
             tokenizer,
