@@ -36,30 +36,31 @@ def label_chunk(suite: RewardSuite, name: str, chunk: Chunk) -> tuple[list[Recor
     compare across heuristics (a tournament) go by `prompt_id`.
     """
     rows = [[(_grouped(prompt, c), c) for c in read_candidates(places)] for prompt, places in chunk]
-    values, counts = _scores(suite, rows)
+    values, reasons, counts = _scores(suite, rows)
     candidates = [candidate for part in rows for _, candidate in part]
-    return [label_record(candidate, name, value) for candidate, value in zip(candidates, values, strict=True)], counts
+    said = zip(candidates, values, reasons, strict=True)
+    return [label_record(candidate, name, value, reason) for candidate, value, reason in said], counts
 
 
 def _scores(
     suite: RewardSuite, rows: Sequence[Sequence[tuple[Prompt, Candidate]]]
-) -> tuple[list[float | None], Counter[str]]:
-    """Scores of the candidates of some prompts. A call that raises is made again with half of the prompts each, so that
-    a candidate on which the labeller crashes masks its own prompt and no other."""
+) -> tuple[list[float | None], list[str | None], Counter[str]]:
+    """Scores of some prompts' candidates, reasons where masked, and counts. A call that raises is made again with half
+    of the prompts each, so that a candidate on which the labeller crashes masks its own prompt and no other."""
     flat = [row for part in rows for row in part]
-    scores, events = suite.scores(
+    raw = suite.scores(
         [prompt for prompt, _ in flat],
         [candidate.completion for _, candidate in flat],
         [candidate.completion_ids for _, candidate in flat],
         terminated=[candidate.terminated for _, candidate in flat],
     )
-    ((name, values),), counts = scores.items(), Counter(events)
+    ((name, values),), (reasons,), counts = raw.values.items(), raw.reasons.values(), Counter(raw.counts)
     failed = counts[f"{name}/error"] > 0 and all(value is None for value in values)
     if not failed or len(rows) == 1:
-        return values, counts
+        return values, reasons, counts
     counts[f"{name}/masked"] = 0
-    halves = [_scores(suite, part) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
-    return [value for part, _ in halves for value in part], sum((more for _, more in halves), counts)
+    first, second = (_scores(suite, part) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]))
+    return first[0] + second[0], first[1] + second[1], counts + first[2] + second[2]
 
 
 def _grouped(prompt: Prompt, candidate: Candidate) -> Prompt:

@@ -152,7 +152,8 @@ class LabelWorker:
 
     def _masked(self, chunk: Chunk, lost: int) -> dict[str, Any]:
         candidates = [candidate for _, places in chunk for candidate in read_candidates(places)]
-        records = [label_record(candidate, self.name, None) for candidate in candidates]
+        reason = f"the worker process died, {lost} times"
+        records = [label_record(candidate, self.name, None, reason) for candidate in candidates]
         function = self.labeller.function  # what the suite of this one labeller calls it, be it named name#2 here
         counts = {f"{function}/masked": len(records), f"{function}/worker_lost": lost}
         return {"prompts": len(chunk), "records": records, "counts": counts}

@@ -139,13 +139,14 @@ def _expect(ok: bool, record: Mapping[str, Any], where: str, name: str) -> None:
         raise DataError(f"{where}: field {name!r} is {record.get(name)!r:.80}; fields of a candidate are {kinds}")
 
 
-def label_record(candidate: Candidate, labeller: str, score: float | None) -> Record:
-    """A score of one candidate; None: masked."""
+def label_record(candidate: Candidate, labeller: str, score: float | None, reason: str | None = None) -> Record:
+    """A score of one candidate; None: masked, for a `reason`."""
     prompt_id, heuristic, seed = candidate.key
-    return {
+    record = {
         "schema": LABEL, "prompt_id": prompt_id, "heuristic": heuristic, "seed": seed,
         "labeller": labeller, "score": score,
     }  # fmt: skip
+    return record if reason is None else record | {"reason": reason}
 
 
 def as_score(record: Mapping[str, Any], where: str) -> float | None:

@@ -86,6 +86,25 @@ class RewardResult:
     what functions with a `counts` Counter of their own added to it"""
 
 
+@dataclass(frozen=True)
+class RawScores:
+    """What reward functions said of B completions, by component: neither normalised nor weighted."""
+
+    values: dict[str, list[float | None]]
+    """B scores; None where masked"""
+    reasons: dict[str, list[str | None]]
+    """B times in words why a score is masked; None where there is one"""
+    counts: dict[str, int]
+    """see `RewardResult`"""
+
+    def why_masked(self) -> str:
+        """The reasons of each component, with the number of completions."""
+        return "; ".join(
+            f"{name}: " + ", ".join(f"{reason} ({n} completions)" for reason, n in Counter(filter(None, why)).items())
+            for name, why in self.reasons.items()
+        )
+
+
 class RewardSuite:
     """Reward functions composed as their configurations say. A context manager; closing ends its worker processes.
 
@@ -145,14 +164,12 @@ class RewardSuite:
         Raises:
             RewardError: a broken contract, or every score of the call is masked.
         """
-        found, counts, reasons = self._scores(prompts, completions, completion_ids, terminated)
-        scores = {name: scores_tensor(values) for name, values in found.items()}
+        raw = self.scores(prompts, completions, completion_ids, terminated=terminated)
+        scores = {name: scores_tensor(values) for name, values in raw.values.items()}
         if all(bool(part.isnan().all()) for part in scores.values()):
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise RewardError(f"every score of this call is masked, there is nothing to learn from. {why}")
-        configs = self.configs
-        total = combined(configs, list(scores.values()), [prompt.id for prompt in prompts])
-        return RewardResult(total, scores, dict(counts))
+            raise RewardError(f"every score of this call is masked, there is nothing to learn from. {raw.why_masked()}")
+        total = combined(self.configs, list(scores.values()), [prompt.id for prompt in prompts])
+        return RewardResult(total, scores, raw.counts)
 
     def scores(
         self,
@@ -161,29 +178,14 @@ class RewardSuite:
         completion_ids: Sequence[Sequence[int] | None],
         *,
         terminated: Sequence[bool],
-    ) -> tuple[dict[str, list[float | None]], dict[str, int]]:
-        """Raw scores of B completions by component, None where masked, and the events counted meanwhile.
-
-        What `__call__` does before it normalises and adds up; here a call may be masked as a whole.
-        """
-        values, counts, _ = self._scores(prompts, completions, completion_ids, terminated)
-        return values, dict(counts)
-
-    def _scores(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int] | None],
-        terminated: Sequence[bool],
-    ) -> tuple[dict[str, list[float | None]], Counter[str], dict[str, str]]:
-        """Scores by component, counts, and in words why a component has none."""
+    ) -> RawScores:
+        """What `__call__` does before it normalises and adds up; here a call may be masked as a whole."""
         inputs = call_inputs(prompts, completions, completion_ids, terminated)
         counts: Counter[str] = Counter()
-        values: dict[str, list[float | None]] = {}
-        reasons: dict[str, str] = {}
+        raw = RawScores({}, {}, counts)
         for component in self._components:
-            values[component.name], reasons[component.name] = component.scores(inputs, counts)
-        return values, counts, reasons
+            raw.values[component.name], raw.reasons[component.name] = component.scores(inputs, counts)
+        return raw
 
 
 def score(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
@@ -217,26 +219,25 @@ class _Component:
         if self._pool is not None:
             self._pool.close()
 
-    def scores(self, inputs: Inputs, counts: Counter[str]) -> tuple[list[float | None], str]:
-        """Checked scores, and in words why there are none if all are None."""
+    def scores(self, inputs: Inputs, counts: Counter[str]) -> tuple[list[float | None], list[str | None]]:
+        """Checked scores, and in words why there is none."""
         rows = len(inputs["completions"])
         chosen = [i for i in range(rows) if _applies(self.config.where, inputs, i)]
         before = self._own_counts.copy()
         values: list[float | None] = [None] * rows
-        reason = f"returned None for all {len(chosen)} completions"
-        if not chosen:
-            answer, reason = [], f"no prompt has {self.config.where}"
-        else:
-            answer = self._attempts({name: [column[i] for i in chosen] for name, column in inputs.items()}, counts)
+        reasons: list[str | None] = [f"the prompt has not {self.config.where}"] * rows
+        picked = {name: [column[i] for i in chosen] for name, column in inputs.items()}
+        answer = self._attempts(picked, counts) if chosen else []
         if isinstance(answer, Failure):
             self._warn(answer, len(chosen))
-            reason = f"{answer.reason}, {answer.detail}"
+            for i in chosen:
+                reasons[i] = f"{answer.reason}, {answer.detail}"
         else:
             for i, value in zip(chosen, checked_scores(self.name, answer, len(chosen)), strict=True):
-                values[i] = value
+                values[i], reasons[i] = value, None if value is not None else "the function returned None"
         counts.update({f"{self.name}/{event}": n for event, n in (self._own_counts - before).items()})
         counts[f"{self.name}/masked"] += sum(value is None for value in values)
-        return values, reason
+        return values, reasons
 
     def _attempts(self, inputs: Inputs, counts: Counter[str]) -> Any | Failure:
         for event in ("error", "timeout", "retry"):

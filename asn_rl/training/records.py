@@ -30,17 +30,17 @@ def scored(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
     with parallel.together():
         terminated = trajectories.terminated.tolist()
         texts = (trajectories.completions, trajectories.completion_ids)
-        found, counts = rewards.scores(prompts, *texts, terminated=terminated)
-    own = {name: scores_tensor(values) for name, values in found.items()}
+        raw = rewards.scores(prompts, *texts, terminated=terminated)
+    own = {name: scores_tensor(values) for name, values in raw.values.items()}
     everyone = {name: parallel.gathered(values) for name, values in own.items()}
     if all(bool(values.isnan().all()) for values in everyone.values()):
         raise RewardError(
-            f"every score of this step is masked, there is nothing to learn from: {parallel.summed(counts)}"
+            f"every score of this step is masked, there is nothing to learn from: {parallel.summed(raw.counts)}"
         )
     ids = [name for part in parallel.gathered_json([p.id for p in trajectories.prompts]) for name in part]
     total = combined(rewards.configs, list(everyone.values()), ids)
     first = parallel.before(len(trajectories))
-    return RewardResult(total[first : first + len(trajectories)], own, counts)
+    return RewardResult(total[first : first + len(trajectories)], own, raw.counts)
 
 
 def _columns(trajectories: Trajectories) -> list[str]:

@@ -85,6 +85,7 @@ def test_bad_input() -> None:
 def test_in_a_suite() -> None:
     prompts = [Prompt("a", "q", {"answer": "18"}), Prompt("b", "q", {})]
     with RewardSuite([RewardConfig("extracted_answer", arguments=GSM8K["strict_match"])]) as suite:
-        scores, counts = suite.scores(prompts, ["#### 18", "#### 18"], [None, None], terminated=[True, True])
-    assert scores == {"extracted_answer": [1.0, None]}
-    assert counts["extracted_answer/masked"] == 1
+        raw = suite.scores(prompts, ["#### 18", "#### 18"], [None, None], terminated=[True, True])
+    assert raw.values == {"extracted_answer": [1.0, None]}
+    assert raw.reasons == {"extracted_answer": [None, "the function returned None"]}
+    assert raw.counts["extracted_answer/masked"] == 1

@@ -22,7 +22,16 @@ from asn_rl.errors import DataError, InvalidValue
 from asn_rl.labelling.generate import InProcess, generate
 from asn_rl.labelling.grid import Grid
 from asn_rl.labelling.labels import label, read_labels
-from asn_rl.labelling.records import ShardWriter, candidate_record, folder_name, read_prompts, shards, write_prompts
+from asn_rl.labelling.records import (
+    LABEL,
+    ShardWriter,
+    candidate_record,
+    folder_name,
+    read_prompts,
+    read_records,
+    shards,
+    write_prompts,
+)
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.labelling.verify import verify
 from asn_rl.rewards.compose import RewardConfig, RewardSuite, score
@@ -268,6 +277,11 @@ def test_a_labeller_that_crashes_on_one_prompt_masks_that_one_only(whole: Candid
     assert np.isnan(scores[1]).all()
     assert (np.delete(scores, 1, 0) == 1).all()
     masked = scores[1].size
+    records = [record for _, record in read_records(tmp_path / folder_name(config.function), LABEL)]
+    reasons = [record["reason"] for record in records if "reason" in record]
+    assert len(reasons) == masked
+    assert all(reason.startswith("error, ZeroDivisionError") for reason in reasons)
+    assert all(("reason" in record) == (record["score"] is None) for record in records)
     assert counts[config.function][f"{config.function}/masked"] == masked
     assert counts[config.function][f"{config.function}/error"] >= 1
 

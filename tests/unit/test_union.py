@@ -49,5 +49,5 @@ def test_a_reward_applies_where_it_is_told_to() -> None:
 def test_rewards_that_apply_nowhere_say_so() -> None:
     prompts = load_prompts(DataConfig(**ARITHMETIC), "train")
     suite = RewardSuite([RewardConfig("numeric_answer", where={"tusk": "arithmetic"})])
-    with pytest.raises(RewardError, match="no prompt has"):
+    with pytest.raises(RewardError, match="the prompt has not"):
         suite(prompts, ["1"] * len(prompts), [[1]] * len(prompts), terminated=[True] * len(prompts))
