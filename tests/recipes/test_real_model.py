@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +93,29 @@ def test_grpo_moved_the_policy_and_left_its_reference(job: Job) -> None:
     rows = read_metrics(job.run)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["kl/exact"] >= 0 for row in rows)
+
+
+def test_a_comparison_over_seeds_adds_up_to_that_of_each_run(job: Job, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(job.run, twin)
+    done = _compare_seeds(job.run, twin)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in compare(job)["rows"]}
+    for name, line in zip(("distilled", "rl"), done.stdout.splitlines(), strict=True):
+        mean = f"{rows[name]['difference']['mean']:+.3f}"
+        assert line.startswith(f"{name} minus best static: by seed {mean} {mean}, mean {mean},")
+    (twin / "comparison.json").unlink()
+    done = _compare_seeds(job.run, twin)
+    assert done.returncode == 2
+    assert "finish the run first" in done.stderr
+
+
+def _compare_seeds(*runs: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "envs", "policies"))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "compare_seeds.py"), *map(str, runs)],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def test_the_policies_are_tied_to_their_base_model(job: Job) -> None:
