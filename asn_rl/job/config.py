@@ -187,7 +187,7 @@ class JobConfig:
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)
     threads: int | None = None
-    """threads for tensor operations; null: all cores"""
+    """threads for tensor operations; null: OMP_NUM_THREADS, or all cores"""
 
     def __post_init__(self) -> None:
         check_heuristic_names([heuristic.name for heuristic in self.heuristics])
