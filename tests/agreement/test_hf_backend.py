@@ -227,15 +227,19 @@ def test_earlier_layers_speak_through_the_models_own_head(smollm: HFBackend):
         torch.testing.assert_close(total, torch.ones_like(total), atol=1e-3, rtol=0)
 
     again, _ = replay(Listening(8), smollm, PROMPTS, run.completion_ids, config)
-    # Points stand in the order of their logits: where two are nearly equal, rounding may have them change places.
-    same = (again.observations.history == run.observations.history).all(-1)
-    assert same.float().mean() > 0.99
-    assert again.observations.last_point is not None
-    assert run.observations.last_point is not None
-    assert (again.observations.last_point - run.observations.last_point).abs().max() <= 1
-    theirs = again.observations.layer_logprobs
-    assert theirs is not None
-    assert torch.isclose(theirs, found, atol=5e-3, rtol=1e-2).float().mean() > 0.99
+    # Equal logits share a point. Where rounding parts two, the points behind them move up, and there is one more.
+    alike = (again.observations.sketch.mask == run.observations.sketch.mask).all(-1)
+    assert (~alike).sum() <= 1
+    ours, theirs = run.observations, again.observations
+    assert ours.history is not None
+    assert theirs.history is not None
+    assert ours.last_point is not None
+    assert theirs.last_point is not None
+    assert theirs.layer_logprobs is not None
+    torch.testing.assert_close(theirs.history[alike], ours.history[alike])
+    after = alike.roll(1)
+    assert torch.equal(theirs.last_point[after], ours.last_point[after])
+    torch.testing.assert_close(theirs.layer_logprobs[alike], found[alike], atol=5e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("layers", "message"), [((), "at least one layer"), ((30,), r"in \[1, 29\]")])

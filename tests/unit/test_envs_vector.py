@@ -317,11 +317,12 @@ def test_what_text_and_earlier_layers_say_is_seen_as_by_a_policy_that_replays_it
     order = sorted(range(len(seen)), key=lambda i: (flat.index(places[i]), i))
     assert expected.history is not None
     assert expected.history[..., 0].max() > 1
+    # On the real model rounding moves a token across a bin's edge now and then; what is said of that bin moves with it.
+    alike = torch.cat([seen[i].sketch.log_count for i in order]) == expected.sketch.log_count
+    assert alike.float().mean() >= (0.99 if layers else 1)
     for name in needs:
-        got, wanted = torch.cat([getattr(seen[i], name) for i in order]), getattr(expected, name)
-        # On the real model rounding moves a token across a bin's edge now and then, and its share of the bins with it.
-        far = ~torch.isclose(got, wanted, atol=2e-3, rtol=1e-3)
-        assert far.float().mean() <= (0.005 if layers else 0)
+        got = torch.cat([getattr(seen[i], name) for i in order])
+        torch.testing.assert_close(got[alike], getattr(expected, name)[alike], atol=2e-3, rtol=1e-3)
     mass = torch.cat([seen[i].sketch.log_mass for i in order]).exp()
     torch.testing.assert_close(mass, expected.sketch.log_mass.exp(), atol=1e-4, rtol=1e-3)
     assert policy(env.observation()).logprobs[:, 0].isfinite().all()  # also after the end
