@@ -16,12 +16,16 @@ def limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(count: int | None) -> int:
     """Use `count` threads for tensor operations; None: OMP_NUM_THREADS, or as many as this process may run on. Returns
     the number."""
     import torch
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wished = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(count or (int(wished) if wished.isdecimal() else 0) or available)
+    torch.set_num_threads(count or (int(wished) if wished.isdecimal() else 0) or available_cores())
     return torch.get_num_threads()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from asn_rl.errors import AsnError, ConfigError, TrainingError
 from asn_rl.runs import console
+from asn_rl.threads import available_cores
 
 TIMEOUT = timedelta(hours=2)  # the main process may replay candidates while the others wait for it
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -114,8 +115,7 @@ def threads() -> int | None:
     """Threads that leave each process of this machine its share of the cores; None: all."""
     if _world is None:
         return None
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", _world.size)))
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", _world.size)))
 
 
 def shard(items: T) -> T:

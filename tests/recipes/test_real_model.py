@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from run_script import ROOT, script
 
 from asn_rl.analysis.report import verdict, write_report
 from asn_rl.backends.hf import HFBackend
@@ -29,7 +27,6 @@ from asn_rl.replay import replay
 from asn_rl.rewards.compose import score
 from asn_rl.rollout import RolloutConfig, rollout
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "backend.dtype=float32",
     "data.limit=12",
@@ -98,24 +95,16 @@ def test_grpo_moved_the_policy_and_left_its_reference(job: Job) -> None:
 def test_a_comparison_over_seeds_adds_up_to_that_of_each_run(job: Job, tmp_path: Path) -> None:
     twin = tmp_path / "twin"
     shutil.copytree(job.run, twin)
-    done = _compare_seeds(job.run, twin)
+    done = script("compare_seeds.py", str(job.run), str(twin), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in compare(job)["rows"]}
     for name, line in zip(("distilled", "rl"), done.stdout.splitlines(), strict=True):
         mean = f"{rows[name]['difference']['mean']:+.3f}"
         assert line.startswith(f"{name} minus best static: by seed {mean} {mean}, mean {mean},")
     (twin / "comparison.json").unlink()
-    done = _compare_seeds(job.run, twin)
+    done = script("compare_seeds.py", str(job.run), str(twin), cwd=tmp_path)
     assert done.returncode == 2
     assert "finish the run first" in done.stderr
-
-
-def _compare_seeds(*runs: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "envs", "policies"))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "compare_seeds.py"), *map(str, runs)],
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 def test_the_policies_are_tied_to_their_base_model(job: Job) -> None:

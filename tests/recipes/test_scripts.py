@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_script import ROOT, script
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("[!_]*.py"))
 PROMPTS = [f"What is {a} + {b}?" for a in range(1, 5) for b in range(1, 6)]
-
-
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "envs", "policies"))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *arguments],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 def test_supervised_then_rl_then_evaluation(tmp_path: Path) -> None:

@@ -14,5 +14,4 @@ def test_what_is_given_wins_over_the_environment(
     monkeypatch: pytest.MonkeyPatch, count: int | None, wished: str, expected: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", wished)
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert set_threads(count) == (expected or available)
+    assert set_threads(count) == (expected or len(os.sched_getaffinity(0)))
