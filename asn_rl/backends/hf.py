@@ -1,8 +1,9 @@
 """Any transformers causal language model, frozen.
 
 Prompts of a batch share the computation of their common beginning (usually the system turn); the rest is prefilled
-once per distinct prompt, in chunks of similar length, left-padded with explicit positions. Only what is asked for
-acts on the distribution: the model's `generation_config` is used for its end-of-sequence ids and nothing else.
+once per distinct prompt, in chunks of similar length, left-padded with explicit positions. Completions of a prompt are
+computed together until they part. Only what is asked for acts on the distribution: the model's `generation_config` is
+used for its end-of-sequence ids and nothing else.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from asn_rl.backends.batching import chunks_by_prompt, chunks_of_similar_length
+from asn_rl.backends.batching import chunks_of_similar_length, scoring_chunks
 from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.fingerprint import fingerprint
-from asn_rl.backends.kv_cache import drop_rows, has_recurrent_layers, is_row_cache, row_cache
+from asn_rl.backends.hf_session import HFSession
+from asn_rl.backends.kv_cache import has_recurrent_layers, is_row_cache, row_cache
 from asn_rl.backends.model_parts import CaptureHidden, final_norm, output_embedding
 from asn_rl.backends.weight_layout import store_by_input
 from asn_rl.errors import BackendError, InvalidValue
@@ -188,15 +190,16 @@ class HFBackend:
         """What `score` gives one by one, to rounding (1e-4 in float32), of every completion that has tokens, in any
         order.
 
-        Completions are taken in chunks of similar length, equal prompts together; a prompt is computed once a chunk,
-        and logits are held for one chunk.
+        Completions are taken in chunks, of equal prompts or of equal lengths, whichever computes less; a prompt is
+        computed once a chunk, and logits are held for one chunk.
 
         Args:
             prompt_ids, completion_ids: one entry a completion; at least one prompt token each.
             batch_tokens: padded positions of completions a chunk may hold; a longer completion is a chunk of its own.
         """
         scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
-        for chunk in chunks_by_prompt(prompt_ids, completion_ids, batch_tokens):
+        shared = len(self._shared_prefix(prompt_ids)) if prompt_ids else 0
+        for chunk in scoring_chunks(prompt_ids, completion_ids, batch_tokens, shared):
             parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk], layers)
             for i, (logits, states) in zip(chunk, parts, strict=True):
                 own = states[:, 0].float() if hidden else None
@@ -210,7 +213,9 @@ class HFBackend:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the prompts, one over the completions behind them, padded on the right."""
-        cache, mask, first, first_hidden = self._prefill(prompts, 1, layers)
+        cache, mask, first, first_hidden, owner = self._prefill(prompts, 1, layers)
+        cache.reorder_cache(owner)  # type: ignore[arg-type]
+        mask, first, first_hidden = mask[owner], first[owner], first_hidden[owner]
         ids, real = self._padded_right([row[:-1] for row in completions])
         width = ids.shape[1]
         rest, rest_hidden = first[:, None][:, :0], first_hidden[:, None][:, :0]
@@ -291,42 +296,37 @@ class HFBackend:
 
     def _prefill(
         self, prompt_ids: Sequence[Sequence[int]], repeats: int, layers: Sequence[int]
-    ) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-        """Cache, attention mask (B, slots), logits (B, V) and hidden states (B, 1 + L, D) for every row.
-
-        Each distinct prompt is computed once; `owner` says which one a row repeats.
-        """
+    ) -> tuple[DynamicCache, Tensor, Tensor, Tensor, Tensor]:
+        """Cache, attention mask (S, slots), logits (S, V) and hidden states (S, 1 + L, D) of every distinct prompt, and
+        (B,) which of them a row repeats."""
         distinct = {tuple(ids): None for ids in prompt_ids}
         index = {ids: i for i, ids in enumerate(distinct)}
         owner = torch.tensor([index[tuple(ids)] for ids in prompt_ids], device=self.device).repeat_interleave(repeats)
         cache = row_cache(self.model.config)
         if not is_row_cache(cache):
             mask, logits, hidden = self._prefill_chunk(list(distinct), max(map(len, distinct)), 0, cache, layers)
-            cache.reorder_cache(owner)  # type: ignore[arg-type]
-            return cache, mask[owner], logits[owner], hidden[owner]
+            return cache, mask, logits, hidden, owner
 
         prefix = self._shared_prefix(list(distinct))
         rests = [ids[len(prefix) :] for ids in distinct]
-        shape = (len(owner), len(prefix) + max(map(len, rests)))
+        shape = (len(rests), len(prefix) + max(map(len, rests)))
         mask = torch.zeros(shape, dtype=torch.long, device=self.device)
         mask[:, : len(prefix)] = 1
         if prefix:
-            everyone, begin = torch.arange(len(owner), device=self.device), slice(0, len(prefix))
-            _copy_into(cache, self._prefix_cache(prefix), torch.zeros_like(owner), everyone, begin, shape)
+            everyone = torch.arange(len(rests), device=self.device)
+            _copy_into(cache, self._prefix_cache(prefix), everyone, slice(0, len(prefix)), shape)
         outputs: list[tuple[Tensor, Tensor]] = [(mask, mask)] * len(rests)
         for chunk in chunks_of_similar_length(list(map(len, rests)), _PREFILL_TOKENS):
             width = len(rests[chunk[-1]])
             part = self._expanded(prefix, len(chunk)) if prefix else row_cache(self.model.config)
             part_mask, logits, hidden = self._prefill_chunk([rests[i] for i in chunk], width, len(prefix), part, layers)
-            members = owner.unsqueeze(0) == torch.tensor(chunk, device=self.device).unsqueeze(1)
-            source, rows = members.nonzero().unbind(1)
-            columns = slice(shape[1] - width, shape[1])
-            _copy_into(cache, part, source, rows, columns, shape, start=len(prefix))
-            mask[rows, columns] = part_mask[source, len(prefix) :]
+            rows, columns = torch.tensor(chunk, device=self.device), slice(shape[1] - width, shape[1])
+            _copy_into(cache, part, rows, columns, shape, start=len(prefix))
+            mask[rows, columns] = part_mask[:, len(prefix) :]
             for i, output in zip(chunk, zip(logits, hidden, strict=True), strict=True):
                 outputs[i] = output
         logits, hidden = (torch.stack(column) for column in zip(*outputs, strict=True))
-        return cache, mask, logits[owner], hidden[owner]
+        return cache, mask, logits, hidden, owner
 
     def _prefill_chunk(
         self,
@@ -366,52 +366,8 @@ class HFBackend:
         """A cache whose rows all begin with `prefix`."""
         cache, length = row_cache(self.model.config), len(prefix)
         everyone = torch.arange(rows, device=self.device)
-        _copy_into(
-            cache, self._prefix_cache(prefix), torch.zeros_like(everyone), everyone, slice(0, length), (rows, length)
-        )
+        _copy_into(cache, self._prefix_cache(prefix), everyone, slice(0, length), (rows, length))
         return cache
-
-
-class HFSession:
-    """Rows under way on an `HFBackend`; see `asn_rl.protocols.Session`."""
-
-    def __init__(
-        self,
-        backend: HFBackend,
-        cache: DynamicCache,
-        mask: Tensor,
-        logits: Tensor,
-        states: Tensor,
-        *,
-        hidden: bool,
-        layers: Sequence[int],
-    ) -> None:
-        self.backend = backend
-        self.cache = cache
-        self.mask = mask
-        self.position = mask.sum(-1)
-        self.want_hidden, self.layers = hidden, tuple(layers)
-        self._see(logits, states)
-
-    @torch.inference_mode()
-    def drop(self, finished: Tensor) -> Tensor:
-        order = drop_rows(self.cache, finished)
-        self.mask, self.position, self.logits = self.mask[order], self.position[order], self.logits[order]
-        self.hidden = None if self.hidden is None else self.hidden[order]
-        self.layer_logits = None if self.layer_logits is None else self.layer_logits[order]
-        return order
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> None:
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        positions = self.position.unsqueeze(1)
-        self._see(*self.backend.forward(tokens.unsqueeze(1), self.mask, positions, self.cache, self.layers))
-        self.position = self.position + 1
-
-    def _see(self, logits: Tensor, states: Tensor) -> None:
-        self.logits = logits
-        self.hidden = states[:, 0].float() if self.want_hidden else None
-        self.layer_logits = self.backend.layer_logits(states[:, 1:]) if self.layers else None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -468,16 +424,10 @@ def _gathered(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def _copy_into(
-    cache: DynamicCache,
-    part: DynamicCache,
-    source: Tensor,
-    rows: Tensor,
-    columns: slice,
-    shape: tuple[int, int],
-    *,
-    start: int = 0,
+    cache: DynamicCache, part: DynamicCache, rows: Tensor, columns: slice, shape: tuple[int, int], *, start: int = 0
 ) -> None:
-    """Copy slots `start` onwards of rows `source` of `part` into `rows` and `columns` of a cache of `shape`."""
+    """Copy slots `start` onwards of `part`, whose rows are as many as `rows` or one for all, into `rows` and `columns`
+    of a cache of `shape`."""
     for target, layer in zip(cache.layers, part.layers, strict=True):
-        keys, values = (store[source, :, start : layer.length] for store in layer.store)  # type: ignore[attr-defined]
+        keys, values = (store[: layer.rows, :, start : layer.length] for store in layer.store)  # type: ignore[attr-defined]
         target.fill(keys, values, rows, columns, shape)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""A key/value cache for decoding many rows that end at different times.
+"""A key/value cache for decoding many rows that part from each other and end at different times.
 
 transformers' dynamic layer concatenates the whole cache at every token and copies it again to drop a row; on a CPU
-that costs as much as the matrix products. Here storage grows in steps, tokens are written in place, and a row that
-ends is overwritten by the last active one.
+that costs as much as the matrix products. Here storage grows in steps, tokens are written in place, a row that ends is
+overwritten by the last active one, and a row that parts from another is copied behind the last one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RowLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
-        self._reserve(end)
+        self._reserve(self.rows, end)
         for store, new in zip(self._stores(), (key_states, value_states), strict=True):
             store[: self.rows, :, self.length : end] = new
         self.length = end
@@ -55,9 +55,14 @@ class RowLayer(CacheLayerMixin):
 
     def move_rows(self, source: Tensor, target: Tensor, rows: int) -> None:
         """Copy rows `source` over rows `target`, then keep the first `rows`."""
+        self._reserve(rows, self.length)
         for store in self._stores():
             store[target, :, : self.length] = store[source, :, : self.length]
         self.rows = rows
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        keys, values = self._stores()
+        self.store, self.rows = (keys[beam_idx], values[beam_idx]), len(beam_idx)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -72,11 +77,14 @@ class RowLayer(CacheLayerMixin):
         assert self.store is not None
         return self.store
 
-    def _reserve(self, slots: int) -> None:
+    def _reserve(self, rows: int, slots: int) -> None:
         keys, values = self._stores()
-        if slots > keys.shape[2]:
-            grown = slots + _GROWTH
-            self.store = (_grow(keys, self.rows, self.length, grown), _grow(values, self.rows, self.length, grown))
+        if rows > keys.shape[0] or slots > keys.shape[2]:
+            shape = (
+                rows + rows // 2 if rows > keys.shape[0] else self.rows,
+                slots + _GROWTH if slots > keys.shape[2] else keys.shape[2],
+            )
+            self.store = (_grow(keys, self.rows, self.length, shape), _grow(values, self.rows, self.length, shape))
 
 
 def _slots(like: Tensor, rows: int, slots: int) -> Tensor:
@@ -84,9 +92,9 @@ def _slots(like: Tensor, rows: int, slots: int) -> Tensor:
     return like.new_zeros(rows, like.shape[1], slots, like.shape[3])
 
 
-def _grow(store: Tensor, rows: int, length: int, slots: int) -> Tensor:
-    grown = _slots(store, rows, slots)
-    grown[:, :, :length] = store[:rows, :, :length]
+def _grow(store: Tensor, rows: int, length: int, shape: tuple[int, int]) -> Tensor:
+    grown = _slots(store, *shape)
+    grown[:rows, :, :length] = store[:rows, :, :length]
     return grown
 
 
@@ -122,3 +130,14 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
         # Unlike batch_select_indices, every kind of layer has it.
         cache.reorder_cache(order)  # type: ignore[arg-type]
     return order
+
+
+def copy_rows(cache: DynamicCache, source: Tensor, rows: int) -> None:
+    """Append copies of rows `source` to a cache of `rows` rows."""
+    new = torch.arange(rows, rows + len(source), device=source.device)
+    if is_row_cache(cache):
+        for layer in cache.layers:
+            layer.move_rows(source, new, rows + len(source))  # type: ignore[attr-defined]
+    else:
+        everyone = torch.arange(rows, device=source.device)
+        cache.reorder_cache(torch.cat([everyone, source]))  # type: ignore[arg-type]

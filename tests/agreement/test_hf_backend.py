@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import CONFIGS, VOCAB, tiny_backend, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig
@@ -47,19 +49,27 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def decode(
-    backend: HFBackend, prompt_ids: Sequence[Sequence[int]], drops: dict[int, list[int]], steps: int, repeats: int = 2
+    backend: HFBackend,
+    prompt_ids: Sequence[Sequence[int]],
+    drops: dict[int, list[int]],
+    steps: int,
+    repeats: int = 2,
+    choices: int = 5000,
+    seed: int = 0,
 ) -> tuple[list[list[int]], dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-    """Feed random tokens and drop rows, `drops[t]` being the rows (by position) that end before step t.
+    """Feed random tokens, one of `choices`, and drop rows, `drops[t]` being the rows (by position) that end before
+    step t. Rows that have the same text are to be computed once.
 
     Returns the token ids of every row, and logits and hidden states by (row, length of its sequence).
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     sequences = [list(ids) for ids in prompt_ids for _ in range(repeats)]
     rows = torch.arange(len(sequences))
     session = backend.start(prompt_ids, repeats=repeats, hidden=True)
     seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for t in range(steps + 1):
         assert session.hidden is not None
+        assert len(session.position) == len({tuple(sequences[row]) for row in rows.tolist()})
         for r, row in enumerate(rows.tolist()):
             seen[row, len(sequences[row])] = (session.logits[r].clone(), session.hidden[r].clone())
         if t == steps:
@@ -68,7 +78,7 @@ def decode(
             finished = torch.zeros(len(rows), dtype=torch.bool)
             finished[drops[t]] = True
             rows = rows[session.drop(finished)]
-        tokens = torch.randint(2, min(backend.vocab_size, 5000), (len(rows),), generator=generator)
+        tokens = torch.randint(2, min(backend.vocab_size, 2 + choices), (len(rows),), generator=generator)
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             sequences[row].append(token)
         session.step(tokens)
@@ -76,9 +86,14 @@ def decode(
 
 
 def assert_equals_plain_forward(
-    backend: HFBackend, prompt_ids: Sequence[Sequence[int]], drops: dict[int, list[int]], steps: int, atol: float
+    backend: HFBackend,
+    prompt_ids: Sequence[Sequence[int]],
+    drops: dict[int, list[int]],
+    steps: int,
+    atol: float,
+    **choices: int,
 ) -> None:
-    sequences, seen = decode(backend, prompt_ids, drops, steps)
+    sequences, seen = decode(backend, prompt_ids, drops, steps, **choices)
     expected = [plain_forward(backend, ids) for ids in sequences]
     for (row, length), (logits, hidden) in seen.items():
         torch.testing.assert_close(logits, expected[row].logits[0, length - 1], atol=atol, rtol=0)
@@ -102,6 +117,11 @@ def test_a_ragged_batch_equals_single_forward_passes(
         assert smollm._shared_prefix(ids) == ()
     assert len({len(row) for row in ids}) == len(ids), "ragged"
     assert_equals_plain_forward(smollm, ids, {1: [0, 5], 3: [5], 4: [0, 1, 2]}, 5, SMOLLM_ATOL)
+
+
+def test_completions_that_part_late_equal_single_forward_passes(smollm: HFBackend):
+    ids = [smollm.encode(text) for text in CHAT]
+    assert_equals_plain_forward(smollm, ids, {1: [0, 5], 3: [5], 4: [0, 1, 2]}, 5, SMOLLM_ATOL, repeats=4, choices=2)
 
 
 def test_the_fast_cache_equals_the_one_of_transformers(smollm: HFBackend, monkeypatch: pytest.MonkeyPatch):
@@ -345,6 +365,31 @@ def ragged(shared: int) -> list[list[int]]:
 def test_any_architecture_equals_its_single_forward_passes(tiny: HFBackend, shared: int):
     # 14 tokens more: windows of 6 slide, learned positions move on, rows end.
     assert_equals_plain_forward(tiny, ragged(shared), {2: [0, 4], 5: [1, 5], 9: [0]}, 14, TINY_ATOL)
+
+
+def test_completions_of_any_architecture_part_late(tiny: HFBackend):
+    drops = {2: [0, 9, 17], 5: [1, 5], 9: [0, 3]}
+    assert_equals_plain_forward(tiny, ragged(0), drops, 14, TINY_ATOL, repeats=6, choices=2)
+
+
+ROTARY = tiny_backend(CONFIGS["rotary"]())
+
+
+@given(
+    repeats=st.integers(1, 6),
+    choices=st.integers(1, 3),
+    ends=st.lists(st.sets(st.integers(0, 5)), max_size=9),
+    same=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_rows_part_and_end_in_any_order(repeats: int, choices: int, ends: list[set[int]], same: bool, seed: int):
+    ids = [[2, 3], [4, 5, 6], [2, 3] if same else [7]]
+    drops, left = {}, 3 * repeats
+    for t, rows in enumerate(ends):
+        drops[t] = [row for row in rows if row < left - 1]
+        left -= len(drops[t])
+    assert_equals_plain_forward(ROTARY, ids, drops, 9, TINY_ATOL, repeats=repeats, choices=choices, seed=seed)
 
 
 def test_any_architecture_rolls_out_and_replays(tiny: HFBackend):

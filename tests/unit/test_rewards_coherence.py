@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, VOCAB, tiny_backend
 
 from asn_rl import backends
 from asn_rl.backends import BackendConfig, shared_backend
-from asn_rl.backends.batching import chunks_by_prompt
+from asn_rl.backends.batching import scoring_chunks
 from asn_rl.backends.hf import HFBackend
 from asn_rl.errors import InvalidValue
 from asn_rl.rewards.coherence import COUNTS, log_likelihood, mean_logprobs, repetition_rate
@@ -91,12 +91,26 @@ def test_chunks_hold_each_completion_once_and_no_more_than_they_may(
     lengths: list[tuple[int, int]], batch_tokens: int
 ) -> None:
     prompts, rows = [[1] * p for p, _ in lengths], [[2] * n for _, n in lengths]
-    chunks = chunks_by_prompt(prompts, rows, batch_tokens)
+    chunks = scoring_chunks(prompts, rows, batch_tokens)
     assert sorted(i for chunk in chunks for i in chunk) == [i for i, row in enumerate(rows) if row]
     for chunk in chunks:
         prompt, width = (max(len(part[i]) for i in chunk) for part in (prompts, rows))
         assert len(chunk) == 1 or len(chunk) * width <= batch_tokens
         assert len(chunk) == 1 or len(chunk) * (prompt + width) <= 4 * batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared", "expected"),
+    [
+        (2, 0, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (30, 0, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (30, 30, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ],
+)
+def test_chunks_are_of_equal_prompts_or_of_equal_lengths(prompt: int, shared: int, expected: list[list[int]]) -> None:
+    prompts = [[i] * prompt for i in range(4) for _ in range(2)]
+    rows = [[2] * n for _ in range(4) for n in (3, 12)]
+    assert scoring_chunks(prompts, rows, 48, shared) == expected
 
 
 def test_nothing_to_score() -> None:
