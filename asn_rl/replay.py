@@ -138,6 +138,12 @@ def _checked_prompt(backend: LogitsBackend, prompt: Prompt, ids: Sequence[int], 
             f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={config.max_new_tokens} it must have "
             f"between 1 and {room}, so that prompt and completion fit into the base model's context"
         )
+    unknown = [token for token in ids if not 0 <= token < backend.vocab_size]
+    if unknown:
+        raise DataError(
+            f"token {unknown[0]} in prompt {prompt.id!r} is outside the base model's vocabulary of "
+            f"{backend.vocab_size}; was it encoded by another tokenizer?"
+        )
     return list(ids)
 
 

@@ -43,7 +43,7 @@ class RolloutConfig:
     tail: int = 32
     """bins of probability below the head, one sketch point each"""
     max_batch: int = 256
-    """completions decoded at a time; memory and speed, not results, depend on it"""
+    """completions decoded at a time, but all of a prompt; memory and speed, not results, depend on it"""
     tracked: int = 32
     """generated tokens, the latest distinct ones, that are sketch points of their own where a policy reads `history`"""
     layers: tuple[int, ...] = ()

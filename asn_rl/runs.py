@@ -49,8 +49,8 @@ def open_run(folder: str | Path, config: Any) -> Path:
                 "Choose another run folder, or remove this one"
             )
     else:
-        save_config(config, path)
         (run / "command.txt").write_text(_provenance())
+        save_config(config, path)  # last: with it the run is begun
     return run
 
 

@@ -1,15 +1,14 @@
 """Rollout tokens a second with a policy, against `transformers.generate` sampling at T = 1.
 
-The same 64 ragged chat prompts (short questions and longer requests in turn), natural lengths: until the end of the
-turn or the token limit. The policy is fresh, that is: the base model, so both sides sample from the same distribution;
-end-of-turn tokens are the same, too. `generate` runs on the model as transformers loads it.
+The same 64 chat prompts, all different (short questions and longer requests in turn), natural lengths: until the end
+of the turn or the token limit. The policy is fresh, that is: the base model, so both sides sample from the same
+distribution; end-of-turn tokens are the same, too. `generate` runs on the model as transformers loads it.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from itertools import cycle
 from typing import Any
 
 from asn_rl.threads import limit_spinning, set_threads
@@ -30,7 +29,10 @@ from asn_rl.types import Prompt
 
 GOAL = 2.0
 _SIDES = ("rollout", "generate")
-_TOPICS = ("the sea", "a small town in winter", "the history of bread", "how bicycles stay upright", "a lost letter")
+_TOPICS = (
+    "the sea", "a small town in winter", "the history of bread", "how bicycles stay upright", "a lost letter",
+    "old maps", "bees", "the night sky",
+)  # fmt: skip
 _TASKS = (
     "Name three facts about {}.",
     "Write one sentence about {} for a child who has never heard of it before.",
@@ -49,11 +51,11 @@ def main() -> int:
     count = min(arguments.prompts, 16) if arguments.quick else arguments.prompts
     backend = load_backend(BackendConfig())
     assert isinstance(backend, HFBackend)
-    questions = load_prompts(DataConfig(limit=32), "train")
-    prompts = [
-        Prompt(str(i), _TASKS[i // 2 % len(_TASKS)].format(_TOPICS[i % len(_TOPICS)]) if i % 2 else short.content)
-        for i, short in zip(range(count), cycle(questions), strict=False)
-    ]
+    short = [prompt.content for prompt in load_prompts(DataConfig(), "train")]
+    longer = [task.format(topic) for topic in _TOPICS for task in _TASKS]
+    contents = [content for pair in zip(short, longer, strict=False) for content in pair][:count]
+    assert len(set(map(str, contents))) == count
+    prompts = [Prompt(str(i), content) for i, content in enumerate(contents)]
     rounds = 1 if arguments.quick else 2
     peer = AutoModelForCausalLM.from_pretrained(resolve_model(BackendConfig().model), dtype=backend.model.dtype)
     ours, theirs = [], []

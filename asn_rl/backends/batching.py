@@ -20,7 +20,7 @@ def chunks_of_similar_length(lengths: Sequence[int], positions: int) -> list[lis
 
 
 def scoring_chunks(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], batch_tokens: int, shared: int = 0
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], batch_tokens: int, shared: int | None
 ) -> list[list[int]]:
     """Indices of the completions that have tokens, cut so that a padded chunk holds at most `batch_tokens` positions of
     completions, whose logits are held, and a few times as many with the prompts, whose keys and values are held.
@@ -29,7 +29,8 @@ def scoring_chunks(
     order that computes fewer positions is taken.
 
     Args:
-        shared: tokens that all prompts begin with, which are computed once at any rate.
+        shared: tokens that all prompts begin with, which are computed once at any rate; None: prompts are computed in
+            every row, and logits are held from the end of a chunk's shortest one.
     """
     present = [i for i, row in enumerate(completion_ids) if len(row)]
     length, prompt = [len(row) for row in completion_ids], [tuple(ids) for ids in prompt_ids]
@@ -38,23 +39,24 @@ def scoring_chunks(
 
     def cut(order: Sequence[int]) -> list[list[int]]:
         chunks: list[list[int]] = []
-        longest = longest_prompt = 0
+        longest = shortest_prompt = longest_prompt = 0
         for i in order:
-            longest, longest_prompt = max(longest, length[i]), max(longest_prompt, len(prompt[i]))
-            rows = len(chunks[-1]) + 1 if chunks else 1
-            behind_prompts = rows * (longest_prompt + longest) <= CACHED_PER_SCORED * batch_tokens
-            if chunks and rows * longest <= batch_tokens and behind_prompts:
-                chunks[-1].append(i)
-            else:
-                chunks.append([i])
-                longest, longest_prompt = length[i], len(prompt[i])
+            if chunks:
+                longest, longest_prompt = max(longest, length[i]), max(longest_prompt, len(prompt[i]))
+                shortest_prompt = min(shortest_prompt, len(prompt[i]))
+                rows, beside = len(chunks[-1]) + 1, longest_prompt - shortest_prompt if shared is None else 0
+                cached = rows * (longest_prompt + longest) <= CACHED_PER_SCORED * batch_tokens
+                if rows * (longest + beside) <= batch_tokens and cached:
+                    chunks[-1].append(i)
+                    continue
+            chunks.append([i])
+            longest, shortest_prompt, longest_prompt = length[i], len(prompt[i]), len(prompt[i])
         return chunks
 
-    def computed(chunks: Sequence[Sequence[int]]) -> int:
-        return sum(
-            len(chunk) * (max(length[i] for i in chunk) - 1)
-            + sum(len(ids) - shared for ids in {prompt[i] for i in chunk})
-            for chunk in chunks
-        )
+    def computed(chunk: Sequence[int]) -> int:
+        width, prompts = max(length[i] for i in chunk), {prompt[i] for i in chunk}
+        if shared is None:
+            return len(chunk) * (width + max(map(len, prompts)))
+        return len(chunk) * (width - 1) + sum(len(ids) - shared for ids in prompts)
 
-    return min(cut(by_prompt), cut(by_length), key=computed)
+    return min(cut(by_prompt), cut(by_length), key=lambda chunks: sum(map(computed, chunks)))

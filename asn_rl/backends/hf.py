@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _PREFILL_TOKENS = 2048  # padded positions a prefill chunk may hold
 _MIN_SHARED_PREFIX = 8  # shorter common beginnings are not worth a pass of their own
+_CONTEXTS = ("max_position_embeddings", "max_seq_len")  # what configurations call the longest sequence
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 Stamp = tuple[tuple[str, int, int], ...]
 # Frozen weights that are in use: backends of one model that render prompts differently share them.
@@ -82,7 +83,7 @@ class HFBackend:
         self.vocab_size: int
         self.hidden_size: int  # of what the output embedding reads; some models project before it
         self.vocab_size, self.hidden_size = output_embedding(model).weight.shape  # type: ignore[misc]
-        self.max_context: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.max_context: int = next((n for name in _CONTEXTS if (n := getattr(config, name, None))), 1 << 20)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.device = torch.device(model.device)
         self.fingerprint = fingerprint(model.config, tokenizer)
@@ -191,14 +192,16 @@ class HFBackend:
         order.
 
         Completions are taken in chunks, of equal prompts or of equal lengths, whichever computes less; a prompt is
-        computed once a chunk, and logits are held for one chunk.
+        computed once a chunk (with every completion where layers are not plain full attention), and logits are held
+        for one chunk.
 
         Args:
             prompt_ids, completion_ids: one entry a completion; at least one prompt token each.
             batch_tokens: padded positions of completions a chunk may hold; a longer completion is a chunk of its own.
         """
-        scored = self._scored_behind_prompts if is_row_cache(row_cache(self.model.config)) else self._scored_whole
-        shared = len(self._shared_prefix(prompt_ids)) if prompt_ids else 0
+        whole = not is_row_cache(row_cache(self.model.config))
+        scored = self._scored_whole if whole else self._scored_behind_prompts
+        shared = None if whole else len(self._shared_prefix(prompt_ids)) if prompt_ids else 0
         for chunk in scoring_chunks(prompt_ids, completion_ids, batch_tokens, shared):
             parts = scored([prompt_ids[i] for i in chunk], [completion_ids[i] for i in chunk], layers)
             for i, (logits, states) in zip(chunk, parts, strict=True):

@@ -85,7 +85,7 @@ class HFSession:
         further = torch.zeros_like(source, dtype=torch.bool)
         further[1:] = source[1:] == source[:-1]
         copied = source[further]
-        copy_rows(self.cache, copied, count)
+        copy_rows(self.cache, copied, count, len(branch))
         self.mask = torch.cat([self.mask, self.mask[copied]])
         self.position = torch.cat([self.position, self.position[copied]])
         target = source.masked_scatter(further, torch.arange(count, len(pairs), device=source.device))

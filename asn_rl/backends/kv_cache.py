@@ -37,7 +37,7 @@ class RowLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
-        self._reserve(self.rows, end)
+        self._reserve(self.rows, end, self.rows)
         for store, new in zip(self._stores(), (key_states, value_states), strict=True):
             store[: self.rows, :, self.length : end] = new
         self.length = end
@@ -53,9 +53,9 @@ class RowLayer(CacheLayerMixin):
         for store, new in zip(self._stores(), (keys, values), strict=True):
             store[rows, :, columns] = new
 
-    def move_rows(self, source: Tensor, target: Tensor, rows: int) -> None:
-        """Copy rows `source` over rows `target`, then keep the first `rows`."""
-        self._reserve(rows, self.length)
+    def move_rows(self, source: Tensor, target: Tensor, rows: int, most: int) -> None:
+        """Copy rows `source` over rows `target`, then keep the first `rows`; there will never be more than `most`."""
+        self._reserve(rows, self.length, most)
         for store in self._stores():
             store[target, :, : self.length] = store[source, :, : self.length]
         self.rows = rows
@@ -77,11 +77,11 @@ class RowLayer(CacheLayerMixin):
         assert self.store is not None
         return self.store
 
-    def _reserve(self, rows: int, slots: int) -> None:
+    def _reserve(self, rows: int, slots: int, most: int) -> None:
         keys, values = self._stores()
         if rows > keys.shape[0] or slots > keys.shape[2]:
             shape = (
-                rows + rows // 2 if rows > keys.shape[0] else self.rows,
+                min(rows + rows // 2, most) if rows > keys.shape[0] else self.rows,
                 slots + _GROWTH if slots > keys.shape[2] else keys.shape[2],
             )
             self.store = (_grow(keys, self.rows, self.length, shape), _grow(values, self.rows, self.length, shape))
@@ -125,19 +125,21 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
     order = order[:remaining]
     if is_row_cache(cache):
         for layer in cache.layers:
-            layer.move_rows(movers, holes, remaining)  # type: ignore[attr-defined]
+            layer.move_rows(movers, holes, remaining, remaining)  # type: ignore[attr-defined]
     else:
         # Unlike batch_select_indices, every kind of layer has it.
         cache.reorder_cache(order)  # type: ignore[arg-type]
     return order
 
 
-def copy_rows(cache: DynamicCache, source: Tensor, rows: int) -> None:
-    """Append copies of rows `source` to a cache of `rows` rows."""
+def copy_rows(cache: DynamicCache, source: Tensor, rows: int, most: int) -> None:
+    """Append copies of rows `source` to a cache of `rows` rows, which will never have more than `most`."""
+    if not len(source):
+        return
     new = torch.arange(rows, rows + len(source), device=source.device)
     if is_row_cache(cache):
         for layer in cache.layers:
-            layer.move_rows(source, new, rows + len(source))  # type: ignore[attr-defined]
+            layer.move_rows(source, new, rows + len(source), most)  # type: ignore[attr-defined]
     else:
         everyone = torch.arange(rows, device=source.device)
         cache.reorder_cache(torch.cat([everyone, source]))  # type: ignore[arg-type]

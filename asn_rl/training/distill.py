@@ -28,7 +28,7 @@ from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.losses import truncated_kl
 from asn_rl.ops.sketch import PointMap, Sketch, SketchSize, build_sketch, token_points
-from asn_rl.placement import device_of
+from asn_rl.placement import device_of, trainable_parameters
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import Probe
 from asn_rl.runs import progress
@@ -133,7 +133,8 @@ def distill(
 
     Raises:
         InvalidValue: targets of another shape.
-        TrainingError: no trainable parameter received a gradient, or the loss is not finite.
+        TrainingError: no trainable parameter, one of less than 32 bits, none received a gradient, or the loss is not
+            finite.
     """
     parallel.join()
     begin = time.perf_counter()
@@ -142,9 +143,7 @@ def distill(
         raise InvalidValue(
             "targets shape", tuple(targets.shape), "that of the sketches, (tokens, points), or (tokens,)"
         )
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    if not parameters:
-        raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be distilled into")
+    parameters = trainable_parameters(policy)
     parallel.check_agreement(0, parameters)
     train, held_out = _split(trajectories, config)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -25,7 +25,7 @@ from asn_rl.errors import InvalidValue, TrainingError, check_at_least, check_pos
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.divergences import kl
 from asn_rl.ops.preference import Pairs, latent_loss, margins
-from asn_rl.placement import device_of, place
+from asn_rl.placement import device_of, place, trainable_parameters
 from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.runs import console, progress
 from asn_rl.training.checkpoints import load_training, save_training
@@ -122,9 +122,7 @@ class Trainer:
         metadata: dict[str, Any],
     ) -> None:
         self.policy, self.config, self.run, self.metadata = policy, config, run, metadata
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be trained")
+        self.parameters = trainable_parameters(policy)
         device = device_of(policy)
         place(reference, device)
         self.lengths = trajectories.lengths

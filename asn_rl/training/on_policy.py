@@ -29,7 +29,7 @@ from asn_rl.checkpoint import latest_checkpoint, rng_state, save_policy, set_rng
 from asn_rl.data.sampler import PromptSampler
 from asn_rl.errors import InvalidValue, TrainingError
 from asn_rl.metrics import MetricsLogger
-from asn_rl.placement import place
+from asn_rl.placement import place, trainable_parameters
 from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.rewards.compose import RewardSuite
 from asn_rl.rollout import RolloutConfig, rollout
@@ -108,9 +108,7 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         self.sample = sample or in_process(backend, rollout_config)
         self.equip()
         self.sampler = PromptSampler(prompts, config.prompts_per_step, config.seed, config.balance)
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise TrainingError(f"{type(policy).__name__} has no trainable parameter; heuristics cannot be trained")
+        self.parameters = trainable_parameters(policy)
         self.optimizer = torch.optim.AdamW(
             self.parameter_groups(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -155,11 +153,12 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
                         on_step(self.step, metrics)
         except KeyboardInterrupt:
             saved = latest_checkpoint(self.run)
-            console.print(
-                f"interrupted during step {self.step + 1}; {saved.name if saved else 'no checkpoint yet'} is kept in "
-                f"{self.run}. The same command resumes from there",
-                highlight=False,
+            kept = (
+                f"{saved.name} is kept in {self.run}. The same command resumes from there"
+                if saved
+                else f"before the first checkpoint ({self.name.lower()}.save_every). The same command begins anew"
             )
+            console.print(f"interrupted during step {self.step + 1}; {kept}", highlight=False)
             raise
         with parallel.main_first():
             if parallel.is_main():

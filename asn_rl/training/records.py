@@ -35,7 +35,8 @@ def scored(rewards: RewardSuite, trajectories: Trajectories) -> RewardResult:
     everyone = {name: parallel.gathered(values) for name, values in own.items()}
     if all(bool(values.isnan().all()) for values in everyone.values()):
         raise RewardError(
-            f"every score of this step is masked, there is nothing to learn from: {parallel.summed(raw.counts)}"
+            f"every score of this step is masked, there is nothing to learn from: {parallel.summed(raw.counts)}. "
+            "Mend the reward functions, and the same command resumes"
         )
     ids = [name for part in parallel.gathered_json([p.id for p in trajectories.prompts]) for name in part]
     total = combined(rewards.configs, list(everyone.values()), ids)

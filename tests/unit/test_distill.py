@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asn_policies import OrderStatisticsNetwork, Pipeline, PolicyModule, TemperatureTopP
+from asn_policies import LocalTransform, OrderStatisticsNetwork, Pipeline, PolicyModule, TemperatureTopP
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.errors import InvalidValue, TrainingError
@@ -256,6 +256,12 @@ class TestRefusals:
         trajectories = visited()
         with pytest.raises(TrainingError, match="no trainable parameter"):
             distill(Pipeline([]), trajectories, trajectories.observations.sketch.log_mass, FAST)
+
+    def test_weights_of_sixteen_bits_are_refused(self) -> None:
+        trajectories = visited()
+        policy = LocalTransform(4).bfloat16()
+        with pytest.raises(TrainingError, match=r"LocalTransform has weights in torch.bfloat16.*policy.float\(\)"):
+            distill(policy, trajectories, trajectories.observations.sketch.log_mass, FAST)
 
     def test_targets_of_another_shape(self) -> None:
         trajectories = visited()

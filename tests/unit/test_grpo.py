@@ -12,7 +12,7 @@ import toy_rewards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from asn_policies import OrderStatisticsNetwork
+from asn_policies import LocalTransform, OrderStatisticsNetwork
 from asn_policies.base import PolicyModule
 from asn_rl.checkpoint import latest_checkpoint, load_policy
 from asn_rl.errors import CheckpointError, InvalidValue, TrainingError
@@ -65,6 +65,11 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken", every, reward="interrupt")
         assert "interrupted during step 3; step-000002 is kept" in capsys.readouterr().out
+        monkeypatch.setattr(toy_rewards, "calls", 0)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "early", replace(CONFIG, save_every=4), reward="interrupt")
+        told = "interrupted during step 3; before the first checkpoint (grpo.save_every). The same command begins anew"
+        assert told in " ".join(capsys.readouterr().out.split())
         resumed, whole = run(tmp_path / "broken", every), run(tmp_path / "whole", every)
         assert torch.equal(weights(whole), weights(resumed))
         assert [row["step"] for row in read_metrics(tmp_path / "broken")] == [1, 2, 3, 4]
@@ -142,6 +147,10 @@ class TestRefusals:
     def test_a_run_in_which_no_parameter_gets_a_gradient_fails(self, tmp_path: Path, cls: type[PolicyModule]) -> None:
         with pytest.raises(TrainingError, match="received a gradient"):
             run(tmp_path, policy=cls())
+
+    def test_weights_of_sixteen_bits_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=r"has weights in torch.bfloat16"):
+            run(tmp_path, policy=LocalTransform(4).bfloat16())
 
     def test_heuristics_cannot_be_trained(self, tmp_path: Path) -> None:
         from asn_policies import Pipeline

@@ -287,6 +287,8 @@ def test_given_prompt_ids_are_replayed_unread_and_must_fit() -> None:
     for ids in ([], [1] * (TOY.max_context - ROLLOUT.max_new_tokens + 1)):
         with pytest.raises(DataError, match=f"prompt 'silent' has {len(ids)} tokens; with max_new_tokens=6 it must"):
             replay(policy, TOY, [silent], drawn.completion_ids, ROLLOUT, prompt_ids=[ids])
+    with pytest.raises(DataError, match=f"token {TOY.vocab_size} in prompt 'silent' is outside the base model's voc"):
+        replay(policy, TOY, [silent], drawn.completion_ids, ROLLOUT, prompt_ids=[[1, TOY.vocab_size]])
     with pytest.raises(DataError, match="prompt_ids has 2 entries for 1 prompts"):
         replay(policy, TOY, [silent], drawn.completion_ids, ROLLOUT, prompt_ids=[[1], [2]])
 
