@@ -8,11 +8,11 @@ import queue
 import random
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 
-from asn_rl.backends.servers import CLOSED, Answer, RequestFailure, ServersConfig
+from asn_rl.backends.servers import CLOSED, Answer, Problem, RequestFailure, ServersConfig
 from asn_rl.errors import BackendError
 
 STRIKES = 3
@@ -88,6 +88,7 @@ class Dispatcher:
         path: str,
         index: int,
         body: bytes,
+        problem: Problem | None,
     ) -> None:
         """Begin a request. Its task is in `tasks` while it is under way, and puts exactly one entry into `answers`."""
 
@@ -98,18 +99,18 @@ class Dispatcher:
             else:
                 answers.put(task.exception() or (index, task.result()))
 
-        task = asyncio.create_task(self._answer(path, index, body))
+        task = asyncio.create_task(self._answer(path, index, body, problem))
         tasks.add(task)
         task.add_done_callback(deliver)
 
-    async def _answer(self, path: str, index: int, body: bytes) -> Answer:
+    async def _answer(self, path: str, index: int, body: bytes, problem: Problem | None) -> Answer:
         avoid, attempt = None, 0
         while True:
             server = await self._slot(avoid)
             if server is None:
                 return RequestFailure("no_server", f"no server was healthy for {self.config.no_server_s:g} s")
             try:
-                outcome = await self._attempt(server, path, body)
+                outcome = _examined(server, await self._attempt(server, path, body), problem)
                 self._note(server, outcome)
             finally:
                 self._release(server)
@@ -272,6 +273,15 @@ def _decoded(server: Server, response: httpx.Response) -> dict | _Fault:
     got = str(answer) if isinstance(answer, ValueError) else f"a {type(answer).__name__}"
     text = response.text[:200]
     return _Fault(RequestFailure("malformed", f"{server.url}: the answer is no JSON object ({got}): {text}"))
+
+
+def _examined(server: Server, outcome: dict | _Fault, problem: Problem | None) -> dict | _Fault:
+    """A fault in the place of an answer whose content the caller cannot use."""
+    failure = problem(outcome) if problem is not None and not isinstance(outcome, _Fault) else None
+    if failure is None:
+        return outcome
+    named = replace(failure, detail=f"{server.url}: {failure.detail}")
+    return _Fault(named, passing=not failure.final, strike=not failure.final)
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -50,6 +50,10 @@ NEUTRAL: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
 """values that change nothing"""
 COMMUTING = ({"temperature", "top_k"}, {"top_k", "min_p"})
 """pairs with the same result in either order: the k most probable tokens stay the same when all others' ratios do"""
+TOKEN_IDS = 2**31
+"""token ids lie below: engines hold them in 32 bits"""
+PASSING = ("abort", "error", None)
+"""what an engine says of a completion that it gave up on; another attempt may end well"""
 PATHS: Mapping[str, str] = {"sglang": "/generate", "vllm": "/v1/completions", "openai": "/v1/chat/completions"}
 
 
@@ -140,14 +144,15 @@ class ServerGenerator:
     def generate(
         self, requests: Iterable[GenerationRequest]
     ) -> Iterator[tuple[int, ServerCompletion | RequestFailure]]:
-        """Yield each request's index and completion, or failure, in order of completion. See `ServerPool.post`.
+        """Yield each request's index and completion, or failure, in order of completion. See `ServerPool.post`; an
+        answer without a completion is an attempt that failed.
 
         Raises:
             ConfigError: a pipeline that the servers cannot reproduce (see `sampling_params`).
             BackendError: no server is healthy at the start.
         """
         payloads = (self.payload(request) for request in requests)
-        for index, answer in self.pool.post(PATHS[self.kind], payloads):
+        for index, answer in self.pool.post(PATHS[self.kind], payloads, self._problem):
             yield index, answer if isinstance(answer, RequestFailure) else self._completion(answer)
 
     def payload(self, request: GenerationRequest) -> dict[str, Any]:
@@ -175,12 +180,20 @@ class ServerGenerator:
     def _stop(self) -> dict[str, Any]:
         return {"stop": list(self.stop)} if self.stop else {}
 
+    def _parsed(self, answer: Mapping[str, Any]) -> Result:
+        found = parse_completion(self.kind, answer)
+        if self.logprobs and isinstance(found, ServerCompletion) and found.logprobs is None:
+            return RequestFailure("malformed", f"no logprobs came from a server of kind {self.kind!r}")
+        return found
+
+    def _problem(self, answer: Mapping[str, Any]) -> RequestFailure | None:
+        found = self._parsed(answer)
+        return found if isinstance(found, RequestFailure) else None
+
     def _completion(self, answer: Mapping[str, Any]) -> Result:
-        completion = parse_completion(self.kind, answer)
+        completion = self._parsed(answer)
         if isinstance(completion, RequestFailure) or completion.token_ids is None or self.decode is None:
             return completion
-        if self.logprobs and completion.logprobs is None:
-            return RequestFailure("malformed", f"no logprobs came from a server of kind {self.kind!r}")
         return replace(completion, text=before_stop(self.decode(completion.token_ids), self.stop))
 
 
@@ -264,17 +277,18 @@ def _refusal(kind: Kind, what: str) -> str:
 
 
 def parse_completion(kind: Kind, answer: Mapping[str, Any]) -> Result:
-    """A server's answer to one request; `malformed` when a field that is needed is missing or makes no sense."""
+    """A server's answer to one request; `malformed` when a field that is needed is missing or makes no sense, and
+    `final` when the server ended the completion for a reason that stays (a content filter, a call of a tool)."""
     _require_kind(kind)
     try:
         completion, reason = _PARSERS[kind](answer)
+        if reason not in ("stop", "length"):
+            detail = f"the completion ended by {reason!r:.80}, neither by a stop token nor by the token limit"
+            return RequestFailure("malformed", detail, final=reason not in PASSING)
         _check_tokens(kind, completion)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
         return RequestFailure("malformed", f"no completion of kind {kind!r} ({problem}): {str(answer)[:200]}")
-    if reason not in ("stop", "length"):
-        detail = f"the completion ended by {reason!r}, neither by a stop token nor by the token limit"
-        return RequestFailure("malformed", detail)
     return completion
 
 
@@ -309,10 +323,13 @@ def _check_tokens(kind: Kind, completion: ServerCompletion) -> None:
     ids, logprobs = completion.token_ids, completion.logprobs
     if not isinstance(completion.text, str):
         raise TypeError(f"the text is a {type(completion.text).__name__}")
+    completion.text.encode()  # JSON may hold half a surrogate pair, "\ud800", which no file of records can
     if kind == "openai":
         return
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError("the token ids are no list of integers")
+    if max(ids) >= TOKEN_IDS:
+        raise ValueError(f"token id {max(ids)!r:.40} is not below {TOKEN_IDS}")
     if logprobs is not None:
         numbers = [value for value in logprobs if type(value) in (int, float)]
         if not len(ids) == len(logprobs) == len(numbers):

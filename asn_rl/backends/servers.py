@@ -78,10 +78,11 @@ class RequestFailure:
     malformed: an answer that is not what was asked for; no_server: no server was healthy for too long"""
     detail: str
     final: bool = False
-    """the request itself is refused (a status such as 404): it will fail whenever it is made"""
+    """the request itself is refused (a status such as 404, a content filter): it will fail whenever it is made"""
 
 
 Answer = dict[str, Any] | RequestFailure
+Problem = Callable[[dict[str, Any]], RequestFailure | None]
 
 
 class ServerPool:
@@ -149,11 +150,18 @@ class ServerPool:
                 f"{self.config.health_path!r}) to a path that the servers answer"
             )
 
-    def post(self, path: str, payloads: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Answer]]:
+    def post(
+        self, path: str, payloads: Iterable[Mapping[str, Any]], problem: Problem | None = None
+    ) -> Iterator[tuple[int, Answer]]:
         """Send each payload as JSON; yield its index and the answer, a JSON object or the failure, as they are done.
 
         `payloads` is read in the caller's thread, and only as fast as it is worked off: at most twice
         `config.capacity` are out at a time, answers that wait for the caller included.
+
+        Args:
+            problem: what is wrong with the content of an answer; None: nothing. Such an answer is an attempt that
+                failed: tried again like a status 5xx unless the failure is `final`. Called in the pool's thread, so it
+                must be fast.
 
         Raises:
             BackendError: no server is healthy at the start, or the pool is closed meanwhile.
@@ -171,7 +179,7 @@ class ServerPool:
                     if entry is None:
                         exhausted = True
                     else:
-                        self._call(self._dispatcher.launch, tasks, answers, path, entry[0], _encoded(*entry))
+                        self._call(self._dispatcher.launch, tasks, answers, path, entry[0], _encoded(*entry), problem)
                         out += 1
                 if out == 0:
                     return

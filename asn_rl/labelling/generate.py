@@ -129,13 +129,16 @@ class FromServers:
     deterministic: Collection[str] = ()
     """heuristics that give every seed the same text, which is then asked for once a prompt"""
     failures: Counter[str] = field(default_factory=Counter)
-    """cells that were left out, by reason"""
+    """cells that were left out, by reason (see `RequestFailure`)"""
+    examples: dict[str, str] = field(default_factory=dict)
+    """the first detail of each reason, which quotes the server"""
 
     def __call__(self, cells: Sequence[Key]) -> Iterator[list[Candidate]]:
         groups = _by_text(cells, self.deterministic)
         for i, answer in self.generator.generate(self._request(*group[0]) for group in groups):
             if isinstance(answer, RequestFailure):
-                self.failures[f"{answer.reason}: {answer.detail}"] += len(groups[i])
+                self.failures[answer.reason] += len(groups[i])
+                self.examples.setdefault(answer.reason, answer.detail)
                 continue
             text, ids, terminated = answer.text, answer.token_ids, answer.terminated
             yield [Candidate(*cell, completion=text, completion_ids=ids, terminated=terminated) for cell in groups[i]]

@@ -106,7 +106,7 @@ def served_reward_model(
         retries: further attempts of a request.
 
     Raises:
-        RewardError: no such tokenizer.
+        RewardError: no such tokenizer, or a server whose model gives several numbers: an embedding, several labels.
         BackendError: no server is healthy at the start.
         ConfigError: the package httpx is missing.
         InvalidValue: an unknown kind of server, or an argument out of range.
@@ -246,17 +246,35 @@ _REQUESTS = {
     "sglang": lambda ids: {"input_ids": ids},
     "vllm": lambda ids: {"input": ids, "use_activation": False},
 }
-_PATHS: dict[str, tuple[str | int, ...]] = {"sglang": ("embedding", 0), "vllm": ("data", 0, "probs", 0)}
-"""where an answer holds the score"""
+_PATHS: dict[str, tuple[str | int, ...]] = {"sglang": ("embedding",), "vllm": ("data", 0, "probs")}
+"""where an answer holds the list of the one score"""
+_START: dict[str, str] = {
+    "sglang": "sglang serve --is-embedding",
+    "vllm": "vllm serve --runner pooling --convert classify",
+}
 
 
 def _served_score(kind: Kind, answer: Any) -> float | None:
-    value = answer
+    """The one number of an answer; None, and counted, where it cannot be read.
+
+    Raises:
+        RewardError: a list of no or several numbers. Every other answer of that server is one, too.
+    """
+    found = answer
     try:
         for key in _PATHS[kind]:
-            value = value[key]
+            found = found[key]
+        if isinstance(found, list) and len(found) != 1:
+            raise RewardError(
+                f"a server of kind {kind!r} answered with {len(found)} values for one completion; a reward model is a "
+                f"sequence classifier with one label and gives one. Check which model it serves: {_START[kind]}, with "
+                "a model of num_labels 1, not an embedding model or one of several labels"
+            )
+        value = found[0] if isinstance(found, list) else None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError
         score = float(value)
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         SERVED_COUNTS["unreadable"] += 1
         return None
     return _finite(score, SERVED_COUNTS)

@@ -84,13 +84,32 @@ def test_what_a_server_refuses_is_left_out_counted_and_had_the_next_time(tmp_pat
     with LocalServer(picky) as server:
         left_out, source = candidates_of(tmp_path, server)
     assert left_out == 8  # two sampled heuristics, four prompts
-    ((reason, count),) = source.failures.items()
-    assert count == 8
-    assert reason.startswith("status:")
-    assert "no hot prompts" in reason
+    assert source.failures == {"status": 8}
+    assert "status 400" in source.examples["status"]
+    assert "no hot prompts" in source.examples["status"]
     with LocalServer(vllm) as server:
         assert candidates_of(tmp_path, server)[0] == 0
         assert {payload["seed"] for payload in server.payloads} == {4}
+    assert_whole(tmp_path)
+
+
+def test_failures_are_counted_by_reason_whatever_the_server_says(tmp_path: Path) -> None:
+    """A text that no file can hold is one of them, and takes nothing else with it."""
+
+    def broken(payload: dict[str, Any]) -> Reply:
+        if payload["seed"] == 4:
+            return 400, {"error": f"request {len(server.payloads)}"}
+        status, answer = vllm(payload)
+        return status, answer if payload["seed"] == 5 else {"choices": [answer["choices"][0] | {"text": "\ud800"}]}
+
+    with LocalServer(broken) as server:
+        left_out, source = candidates_of(tmp_path, server)
+    assert source.failures == {"status": 8, "malformed": left_out - 8}
+    assert source.examples.keys() == source.failures.keys()
+    assert "surrogates" in source.examples["malformed"]
+    assert CandidateStore(GRID, tmp_path).present.sum() == GRID.size - left_out == 8
+    with LocalServer(vllm) as server:
+        assert candidates_of(tmp_path, server)[0] == 0
     assert_whole(tmp_path)
 
 
@@ -117,6 +136,8 @@ def test_a_job_generates_from_servers_and_names_what_is_missing(tmp_path: Path) 
         assert all(part.ok for part in verify(whole).values())
     with LocalServer(lambda payload: (422, {"error": "never"})) as server:
         refused = job(server)
-        with pytest.raises(BackendError, match="6 of 6 cells could not be generated"):
+        with pytest.raises(BackendError, match="6 of 6 cells could not be generated") as error:
             generate(refused)
+        assert "(6 cells: status, such as" in str(error.value)
+        assert 'status 422: {"error": "never"})' in str(error.value)
         assert len(verify(refused)["selection"].missing) == 6

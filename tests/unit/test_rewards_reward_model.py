@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from asn_rl.errors import BackendError, InvalidValue, RewardError
-from asn_rl.rewards.reward_model import reward_model, served_reward_model
+from asn_rl.rewards.reward_model import Kind, reward_model, served_reward_model
 from asn_rl.testing import check_reward
 
 TEMPLATE = "{% for m in messages %}w2 {{ 'w3' if m['role'] == 'user' else 'w4' }} {{ m['content'] }} w5 {% endfor %}"
@@ -261,6 +261,39 @@ def test_failures_mask_their_own_completion_only(folder: str) -> None:
     assert {event: n for event, n in counts.items() if n} == {
         "failed/status": 1, "unreadable": 1, "not_finite": 1, "truncated": 4,
     }  # fmt: skip
+
+
+BODIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "sglang": lambda values: {"embedding": values},
+    "vllm": lambda values: {"data": [{"probs": values}]},
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("values", [[0.1] * 768, [0.2, 0.8], []])
+def test_a_server_with_another_kind_of_model_stops_the_run(folder: str, kind: Kind, values: list[float]) -> None:
+    with serving(lambda payload: (200, BODIES[kind](values))) as url, pytest.raises(RewardError) as error:
+        served_reward_model(["w6"], ["w7"], urls=url, kind=kind, model=folder)
+    assert f"answered with {len(values)} values" in str(error.value)
+    assert "one label" in str(error.value)
+    assert {"sglang": "--is-embedding", "vllm": "--runner pooling"}[kind] in str(error.value)
+    assert url not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("values", [[True], ["1e3"], [None], [[1.0]], [10**400], 1.5, "1", True, None, {"0": 1.0}])
+def test_what_is_no_number_is_unreadable(folder: str, kind: Kind, values: Any) -> None:
+    counts = served_reward_model.__dict__["counts"]
+    counts.clear()
+    with serving(lambda payload: (200, BODIES[kind](values))) as url:
+        assert served_reward_model(["w6"], ["w7"], urls=url, kind=kind, model=folder) == [None]
+    assert counts["unreadable"] == 1
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_whole_number_is_a_score(folder: str, kind: Kind) -> None:
+    with serving(lambda payload: (200, BODIES[kind]([-2]))) as url:
+        assert served_reward_model(["w6"], ["w7"], urls=url, kind=kind, model=folder) == [-2.0]
 
 
 def test_no_server_is_an_error(folder: str) -> None:

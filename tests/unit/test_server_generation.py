@@ -287,6 +287,9 @@ def answers(kind: Kind, ids: list[int], reason: str, logprobs: list[float] | Non
     return {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": reason}], "usage": {}}
 
 
+LONG = {"text": "a", "token_ids": [72, 2**70], "finish_reason": "stop"}
+
+
 @pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("logprobs", [None, [-0.5, -1.25, 0.0]])
 def test_answers_are_read(kind: Kind, logprobs: list[float] | None) -> None:
@@ -315,6 +318,10 @@ def test_answers_are_read(kind: Kind, logprobs: list[float] | None) -> None:
         ("openai", answers("openai", [72], "content_filter"), "ended by 'content_filter'"),
         ("openai", answers("openai", [72], "tool_calls"), "ended by 'tool_calls'"),
         ("openai", {"error": {"message": "overloaded"}}, "overloaded"),
+        ("openai", answers("openai", [72, 0xD800], "stop"), "surrogates not allowed"),
+        ("sglang", answers("sglang", [72], "stop") | {"text": "a\udfff"}, "surrogates not allowed"),
+        ("vllm", answers("vllm", [72], "stop") | {"choices": [LONG]}, f"token id {2**70} is not below 2147483648"),
+        ("sglang", answers("sglang", [72], "stop") | {"output_ids": [72, 2**31]}, "token id 2147483648 is not below"),
     ],
 )
 def test_answers_without_what_is_needed_are_malformed(kind: Kind, answer: dict[str, Any], words: str) -> None:
@@ -350,6 +357,56 @@ def test_generate_over_http(kind: Kind) -> None:
     assert complete[3].token_ids == (None if kind == "openai" else [98, EOS])
 
 
+def test_the_largest_token_id_and_whole_surrogate_pairs_are_read() -> None:
+    answer = answers("sglang", [72], "stop") | {"text": "\U0001f600", "output_ids": [2**31 - 1]}
+    assert parse_completion("sglang", answer) == ServerCompletion("\U0001f600", [2**31 - 1], True, None)
+
+
+WRONG: dict[Kind, list[dict[str, Any]]] = {
+    "sglang": [answers("sglang", [72], "abort"), {"text": "a"}, answers("sglang", [0xD800], "stop")],
+    "vllm": [answers("vllm", [72], "error"), {"choices": []}, {"choices": [LONG]}],
+    "openai": [{"error": "busy"}, {"choices": None}, answers("openai", [0xDC00], "stop")],
+}
+
+
+def one(server: LocalServer) -> ServersConfig:
+    return ServersConfig((server.url,), retries=2, backoff_s=0.01)
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [(kind, answer) for kind, found in WRONG.items() for answer in found])
+def test_an_answer_without_a_completion_is_tried_again_on_another_server(kind: Kind, wrong: dict[str, Any]) -> None:
+    right = answers(kind, [72, 105, EOS], "stop")
+    with LocalServer(lambda payload: (200, wrong)) as bad, LocalServer(lambda payload: (200, right)) as good:
+        with generator(kind, ServersConfig((bad.url, good.url), concurrency=1, retries=1, backoff_s=0.01)) as subject:
+            found = dict(subject.generate([REQUEST] * 4))
+            stats = subject.pool.stats()
+        assert sorted(found) == [0, 1, 2, 3]
+        assert {getattr(answer, "text", answer) for answer in found.values()} == {"Hi"}
+        assert stats[bad.url]["retried"] == len(bad.payloads) > 0
+        assert stats[bad.url]["failed"] == 0
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_attempts_at_an_answer_are_bounded(kind: Kind) -> None:
+    wrong = WRONG[kind][0]
+    with LocalServer(lambda payload: (200, wrong)) as server, generator(kind, one(server)) as subject:
+        ((_, failure),) = subject.generate([REQUEST])
+        assert isinstance(failure, RequestFailure)
+        assert (failure.reason, failure.final) == ("malformed", False)
+        assert failure.detail.startswith(server.url)
+        assert len(server.payloads) == 3
+
+
+@pytest.mark.parametrize("content", ["H", "", None])
+def test_a_content_filter_is_final_and_does_not_speak_against_the_server(content: str | None) -> None:
+    message = {"role": "assistant", "content": content}
+    filtered = {"choices": [{"index": 0, "message": message, "finish_reason": "content_filter"}]}
+    with LocalServer(lambda payload: (200, filtered)) as server, generator("openai", one(server)) as subject:
+        found = dict(subject.generate([REQUEST] * 5))
+        assert subject.pool.stats()[server.url] == {"answered": 0, "retried": 0, "failed": 5, "alive": True}
+    assert all(isinstance(f, RequestFailure) and f.final and "'content_filter'" in f.detail for f in found.values())
+
+
 def test_text_is_decoded_here() -> None:
     """Servers differ in what they leave out of the text."""
     answer = answers("vllm", [72, 105, EOS], "stop")
@@ -358,9 +415,9 @@ def test_text_is_decoded_here() -> None:
         with generator("vllm", ServersConfig((server.url,))) as subject:
             ((_, completion),) = subject.generate([REQUEST])
         assert completion == ServerCompletion("Hi", [72, 105, EOS], True, None)
-        with generator("vllm", ServersConfig((server.url,)), logprobs=True) as subject:
+        with generator("vllm", one(server), logprobs=True) as subject:
             ((_, completion),) = subject.generate([REQUEST])
-        assert completion == RequestFailure("malformed", "no logprobs came from a server of kind 'vllm'")
+        assert completion == RequestFailure("malformed", f"{server.url}: no logprobs came from a server of kind 'vllm'")
 
 
 def test_a_refused_pipeline_stops_the_run() -> None:

@@ -252,6 +252,29 @@ def test_torn_answers_are_tried_again_and_named(reply: Reply, reason: str, words
         assert words in failure.detail
 
 
+def test_the_caller_says_what_is_wrong_with_an_answer() -> None:
+    """For a passing reason it is tried again, for a final one not; what the check itself raises reaches the caller."""
+
+    def respond(payload: dict[str, Any]) -> Reply:
+        seen = [known["x"] for known in server.payloads].count(payload["x"])
+        return (200, {"square": None}) if (payload["x"] == 1 and seen == 1) or payload["x"] == 3 else square(payload)
+
+    def problem(answer: dict[str, Any]) -> RequestFailure | None:
+        if answer["square"] == 16:
+            return RequestFailure("malformed", "never", final=True)
+        return RequestFailure("malformed", "empty") if answer["square"] is None else None
+
+    with LocalServer(respond) as server, ServerPool(config(server, retries=2)) as pool:
+        answers = dict(pool.post("/square", items(6), problem))
+        assert answers.pop(3) == RequestFailure("malformed", f"{server.url}: empty")
+        assert answers.pop(4) == RequestFailure("malformed", f"{server.url}: never", final=True)
+        assert answers == {x: {"square": x * x} for x in (0, 1, 2, 5)}
+        assert pool.stats()[server.url] | {"alive": True} == {"answered": 4, "retried": 3, "failed": 2, "alive": True}
+        with pytest.raises(ZeroDivisionError):
+            list(pool.post("/square", items(1), lambda answer: 1 // answer["square"]))  # type: ignore[arg-type, return-value]
+        assert post(pool, items(3)) == squares(3)
+
+
 def test_no_server_at_the_start() -> None:
     nobody = f"http://127.0.0.1:{unused_port()}"
     with LocalServer(square) as ill, ServerPool(ServersConfig((nobody, ill.url))) as pool:
