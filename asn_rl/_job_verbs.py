@@ -13,6 +13,7 @@ from asn_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from asn_rl.job import Job
+    from asn_rl.labelling.ray_engine import RayConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ def run_job_verb(verb: JobVerb, options: argparse.Namespace) -> int | None:
     from asn_rl.job import Job, JobConfig
 
     settings = [*verb.overrides(options), *options.overrides]
-    return verb.function(Job(load_config(JobConfig, options.config, settings), options.run), options)
+    # Workers of a running cluster have working folders of their own.
+    run = options.run.absolute() if getattr(options, "engine", "local") == "ray" else options.run
+    return verb.function(Job(load_config(JobConfig, options.config, settings), run), options)
 
 
 def _generate(job: Job, options: argparse.Namespace) -> None:
@@ -68,11 +71,23 @@ def _label(job: Job, options: argparse.Namespace) -> None:
     again: list[str] = []
     if options.retry_masked is not None:
         again = [options.retry_masked] if options.retry_masked else unique_names(job.scorers)
-    label(job, *_engine(options), retry=again)
+    label(job, *_label_engine(job, options), retry=again)
 
 
 def _label_options(parser: argparse.ArgumentParser) -> None:
     _engine_options(parser)
+    parser.add_argument(
+        "--ray-workers",
+        type=int,
+        metavar="N",
+        help="label workers, each with a model of its own; default: one a core, or as many as the GPUs carry",
+    )
+    parser.add_argument(
+        "--ray-gpus",
+        type=float,
+        metavar="F",
+        help="GPUs that a label worker holds, default 0; labellers with device: cuda need 1, or 0.5 if two share one",
+    )
     parser.add_argument(
         "--retry-masked",
         nargs="?",
@@ -86,20 +101,48 @@ def _select(job: Job, options: argparse.Namespace) -> None:
     from asn_rl.analysis.labelling_report import write_labelling_report
     from asn_rl.job import select
 
-    select(job, *_engine(options))
+    select(job, *_select_engine(options))
     print(f"report: {write_labelling_report(job.run)}")
 
 
-def _engine(options: argparse.Namespace) -> list[Any]:
-    """The engine that was asked for; none: the stage's own."""
-    if options.engine == "local":
-        if options.ray_address is not None:
-            raise ConfigError(f"--ray-address {options.ray_address!r} needs --engine ray")
+def _label_engine(job: Job, options: argparse.Namespace) -> list[Any]:
+    """The engine that was asked for; none: the stage's own. Labellers that it cannot run are refused before the first
+    one starts."""
+    config = _ray_config(options)
+    if config is None:
         return []
-    from asn_rl.labelling.ray_engine import RayConfig, ray_engine, ray_map
+    from asn_rl.labelling.ray_engine import check_gpus, ray_engine
+    from asn_rl.rewards.compose import unique_names
 
-    config = RayConfig(address=options.ray_address)
-    return [ray_engine(config) if options.verb == "label" else ray_map(config)]
+    for name, labeller in zip(unique_names(job.scorers), job.scorers, strict=True):
+        check_gpus(name, labeller, config)
+    return [ray_engine(config)]
+
+
+def _select_engine(options: argparse.Namespace) -> list[Any]:
+    config = _ray_config(options)
+    if config is None:
+        return []
+    from asn_rl.labelling.ray_engine import ray_map
+
+    return [ray_map(config)]
+
+
+_RAY_OPTIONS = {"--ray-address": "address", "--ray-workers": "concurrency", "--ray-gpus": "num_gpus"}
+"""options of engine ray, and what they are in its configuration"""
+
+
+def _ray_config(options: argparse.Namespace) -> RayConfig | None:
+    """What the options of engine ray say; None: the engine is another one."""
+    given = {option: getattr(options, option[2:].replace("-", "_"), None) for option in _RAY_OPTIONS}
+    settings = {option: value for option, value in given.items() if value is not None}
+    if options.engine == "ray":
+        from asn_rl.labelling.ray_engine import RayConfig
+
+        return RayConfig(**{_RAY_OPTIONS[option]: value for option, value in settings.items()})
+    for option, value in settings.items():
+        raise ConfigError(f"{option} {value!r} needs --engine ray")
+    return None
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:

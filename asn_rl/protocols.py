@@ -134,6 +134,10 @@ class RewardFunction(Protocol):
 
     `columns` holds the data set's columns as lists, and from our rollouts also `terminated` (list of bool). Prompts
     and completions are strings, or message lists where the data set has message lists.
+
+    An attribute `compares` says that scores depend on other completions of the call: "group" (of the column `group`,
+    else the prompt) or "prompt". Where labelling chooses on some seeds and scores on others, such scores know of each
+    other: a group's halves are then scored by themselves, too.
     """
 
     def __call__(

@@ -65,7 +65,7 @@ def _measure(folder: Path, grid: Grid) -> None:
     store = timed("scan candidates", lambda: CandidateStore(grid, folder / "candidates"))
     assert isinstance(store, CandidateStore)
     labels = {}
-    timed("read labels", lambda: labels.update({n: read_labels(folder / "labels" / n, n, grid) for n in WEIGHTS}))
+    timed("read labels", lambda: labels.update({n: read_labels(folder / "labels" / n, n, store) for n in WEIGHTS}))
     strata = [STRATA[i % len(STRATA)] for i in range(len(grid.prompts))]
     config = SelectConfig(top_k=2, target="soft")
     timed("select", lambda: select(store, labels, WEIGHTS, strata, config, folder / "selected"))
@@ -112,15 +112,14 @@ def _labels(grid: Grid, name: str) -> Iterator[Record]:
     """Verifiers do not apply to a third of the prompts; one quality score in a hundred is missing."""
     generator = np.random.default_rng(len(name))
     _, heuristics, seeds = grid.shape
-    for i, prompt in enumerate(grid.prompts):
+    candidates = _candidates(grid)
+    for i in range(len(grid.prompts)):
         scores = generator.normal(np.linspace(0, 0.5, heuristics)[:, None], 1, (heuristics, seeds))
         masked = generator.random((heuristics, seeds)) < 0.01
         if name == "verifier":
             scores, masked = (scores > 0).astype(float), np.full((heuristics, seeds), i % len(STRATA) == 1)
-        for j, heuristic in enumerate(grid.heuristics):
-            for k, seed in enumerate(grid.seeds):
-                cell = Candidate(prompt, heuristic, seed, "", None, terminated=True)
-                yield label_record(cell, name, None if masked[j, k] else float(scores[j, k]))
+        for j, k in np.ndindex(heuristics, seeds):
+            yield label_record(next(candidates), name, None if masked[j, k] else float(scores[j, k]))
 
 
 if __name__ == "__main__":

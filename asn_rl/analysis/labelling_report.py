@@ -183,12 +183,18 @@ def _gain_table(summary: Row) -> str:
     rows = [
         [
             html.escape(group or "all prompts"),
-            *(_interval(_at(gain[by], group)[how]) for by in gain for how in ("cross_fitted", "naive")),
+            *(
+                _interval(_at(gain[by], group)[how])
+                for by in ("by_prompt", "by_stratum")
+                for how in ("cross_fitted", "naive")
+            ),
         ]
         for group in ("", *(strata if len(strata) > 1 else []))
     ]
+    said = ", ".join(map(html.escape, gain.get("left_out", ())))
+    note = f"<p>Left out, because its scores compare candidates of all seeds: {said}.</p>" if said else ""
     header = ["", "by prompt, cross-fitted", "by prompt, naive", "by stratum, cross-fitted", "by stratum, naive"]
-    return table(header, rows)
+    return table(header, rows) + note
 
 
 def _histograms(summary: Row) -> str:

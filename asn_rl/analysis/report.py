@@ -95,7 +95,6 @@ def _page(
     differences: Sequence[Difference],
     trajectories: Trajectories,
 ) -> str:
-    headroom = comparison["headroom"]
     versus = "; ".join(
         f"against {html.escape(name)} {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         for name, gap in comparison["rl_against"].items()
@@ -110,9 +109,7 @@ def _page(
         f"{round(100 * comparison['level'])} %. The best static rule was chosen on the selection split from "
         f"{len(comparison['grid'])} declared rules: {html.escape(', '.join(comparison['grid']))}."
         + (f" The RL policy {versus}.</p>" if versus else "</p>"),
-        f"<p class='note'>Headroom on the training prompts (split halves): choosing the best rule of the grid for each "
-        f"prompt gives {headroom['oracle']:.3f}, the best single rule {headroom['static']:.3f}. A policy that chooses "
-        "token by token may exceed both.</p>",
+        _headroom(comparison["headroom"]),
         "<h2>Learning curves</h2>",
         _learning_curves(job.run),
         "<h2>What the policy does to a token's log-probability</h2>",
@@ -128,6 +125,16 @@ def _page(
         f"<pre>{html.escape((job.run / 'config.yaml').read_text())}</pre></html>",
     ]
     return "\n".join(parts)
+
+
+def _headroom(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "<p class='note'>Headroom was not measured: a reward compares candidates of all seeds.</p>"
+    return (
+        f"<p class='note'>Headroom on the training prompts (split halves): choosing the best rule of the grid for each "
+        f"prompt gives {found['oracle']:.3f}, the best single rule {found['static']:.3f}. A policy that chooses token "
+        "by token may exceed both.</p>"
+    )
 
 
 def _cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -161,7 +161,7 @@ def run_prompts(
     labelling.label(configs, store, by_id, folder / "labels")
     places = [folder / "labels" / labelling.folder_name(label) for label in unique_names(configs)]
     labels = [
-        labelling.read_labels(place, label, grid).scores
+        labelling.read_labels(place, label, store).scores
         for place, label in zip(places, unique_names(configs), strict=True)
     ]
     names = [*(v.name for v in task.benchmark.verifiers), *unique_names(config.scorers)]
@@ -219,7 +219,7 @@ def _wins(
         for prompt, row in zip(prompts, cells, strict=True)
     }
     labelling.label([judge], store.without(arm), against, place.parent)
-    wins = labelling.read_labels(place, judge.function, store.grid).scores
+    wins = labelling.read_labels(place, judge.function, store).scores
     wins[:, arm] = 0.5
     return wins
 

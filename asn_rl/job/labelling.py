@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def _generate_on_servers(
         source = generating.FromServers(generator, processors, by_id, job.config.rollout.max_new_tokens, fixed)
         left_out = generating.generate(candidates, source, candidates.folder)
     if left_out:
-        reasons = "; ".join(f"{count} cells: {reason}" for reason, count in source.failures.most_common(3))
+        counts, examples = source.failures.most_common(), source.examples
+        reasons = "; ".join(f"{count} cells: {reason}, such as {examples[reason]}" for reason, count in counts)
         raise BackendError(
             f"{left_out} of {candidates.grid.size} cells could not be generated ({reasons}). `asn-rl verify` names "
             "them; the same command tries them again"
@@ -155,14 +157,27 @@ def select(job: Job, engine: selecting.Map = map) -> dict[str, Any]:
 
     rewards = {split: rewards_of(job, split, found[split], scores[split]) for split in SPLITS}
     means = {arm.name: masked_mean(rewards["selection"][:, j]) for j, arm in enumerate(job.arms)}  # (P,) each
-    oracle, static = split_half_oracle(rewards["train"].swapaxes(0, 1), strata["train"])
     selection = {
         "best_static": max(means, key=lambda name: stratified_mean(means[name], strata["selection"])),
         "selection": {name: dict(by_stratum(part, strata["selection"])) for name, part in means.items()},
-        "headroom": {"oracle": oracle, "static": static},
+        "headroom": _headroom(job, found["train"], scores["train"], strata["train"]),
     }
     write_json(path, selection)
     return selection
+
+
+def _headroom(
+    job: Job, candidates: CandidateStore, labels: dict[str, labelling.Labels], strata: Sequence[str]
+) -> dict[str, float] | None:
+    """What choosing by prompt could gain; None where a reward compares candidates of both halves of the seeds."""
+    rewards = rewards_of(
+        job, "train", candidates, {name: replace(part, scores=part.apart) for name, part in labels.items()}
+    )
+    known = np.stack([~np.isnan(rewards[..., half::2]).all((1, 2)) for half in range(2)]).all(0)
+    if not set(strata) <= {label for label, there in zip(strata, known, strict=True) if there}:
+        return None
+    oracle, static = split_half_oracle(rewards.swapaxes(0, 1), strata)
+    return {"oracle": oracle, "static": static}
 
 
 def _scorers(job: Job, split: str) -> list[RewardConfig]:
@@ -173,7 +188,7 @@ def _scorers(job: Job, split: str) -> list[RewardConfig]:
 def labels_of(job: Job, split: str, candidates: CandidateStore) -> dict[str, labelling.Labels]:
     names = unique_names(_scorers(job, split))
     folder = job.run / "labels" / split
-    return {name: labelling.read_labels(folder / labelling.folder_name(name), name, candidates.grid) for name in names}
+    return {name: labelling.read_labels(folder / labelling.folder_name(name), name, candidates) for name in names}
 
 
 def rewards_of(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:

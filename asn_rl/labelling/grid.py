@@ -56,7 +56,7 @@ class Grid:
                 close = difflib.get_close_matches(str(part), [str(known) for known in axis], n=1)
                 guess = f"; did you mean {close[0]!r}?" if close else ""
                 raise DataError(
-                    f"{where}: {what} {part!r} is not one of the {len(axis)} of this run{guess} The record belongs to "
+                    f"{where}: {what} {part!r} is not one of the {len(axis)} of this run{guess}. The record belongs to "
                     "another configuration: remove it, or run with the configuration that made it"
                 )
         raise AssertionError(key)

@@ -12,17 +12,32 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue
 from asn_rl.labelling.grid import Grid
-from asn_rl.labelling.records import LABEL, Record, ShardWriter, as_score, folder_name, label_record, read_records
+from asn_rl.labelling.records import (
+    LABEL,
+    Record,
+    ShardWriter,
+    as_key,
+    as_score,
+    folder_name,
+    label_record,
+    read_records,
+)
 from asn_rl.labelling.store import CandidateStore, Location, read_candidates
-from asn_rl.rewards.compose import RewardConfig, RewardSuite, unique_names
-from asn_rl.runs import progress, write_json
+from asn_rl.rewards.compose import RawScores, RewardConfig, RewardSuite, unique_names
+from asn_rl.runs import console, progress, write_json
 from asn_rl.types import Candidate, Prompt
 
 CHUNK = 256
 """candidates handed to a labeller at a time, at least; always whole prompts"""
+TIMEOUTS = 16
+"""calls of a chunk that may exceed their time before the candidates of one that hangs are no longer taken apart"""
+APART = "score_apart"
+"""field of a label record: see `Labels.apart`"""
 
 _COUNTS = "counts.json"
 
+Rows = Sequence[tuple[Prompt, Candidate]]
+"""the candidates of one prompt"""
 Chunk = list[tuple[Prompt, list[Location]]]
 Engine = Callable[[RewardConfig, str, Iterable[Chunk]], Iterator[tuple[int, list[Record], Mapping[str, int]]]]
 """(labeller's configuration, its name, chunks) -> (prompts done, label records, event counts) of each chunk, in any
@@ -39,28 +54,57 @@ def label_chunk(suite: RewardSuite, name: str, chunk: Chunk) -> tuple[list[Recor
     values, reasons, counts = _scores(suite, rows)
     candidates = [candidate for part in rows for _, candidate in part]
     said = zip(candidates, values, reasons, strict=True)
-    return [label_record(candidate, name, value, reason) for candidate, value, reason in said], counts
+    records = [label_record(candidate, name, value, reason) for candidate, value, reason in said]
+    if suite.compares is not None:
+        apart = _scores_apart(suite, rows) if suite.compares == "group" else [None] * len(records)
+        records = [record | {APART: value} for record, value in zip(records, apart, strict=True)]
+    return records, counts
 
 
-def _scores(
-    suite: RewardSuite, rows: Sequence[Sequence[tuple[Prompt, Candidate]]]
-) -> tuple[list[float | None], list[str | None], Counter[str]]:
-    """Scores of some prompts' candidates, reasons where masked, and counts. A call that raises is made again with half
-    of the prompts each, so that a candidate on which the labeller crashes masks its own prompt and no other."""
+def _scores_apart(suite: RewardSuite, rows: Sequence[Rows]) -> list[float | None]:
+    """Scores of a labeller that compares candidates when each is compared with its own half of the seeds only."""
+    found: dict[int, float | None] = {}
+    for half in range(2):
+        parts = [[(prompt, c) for prompt, c in part if c.seed % 2 == half] for part in rows]
+        values, _, _ = _scores(suite, [part for part in parts if part])
+        members = [candidate for part in parts for _, candidate in part]
+        found |= {id(candidate): value for candidate, value in zip(members, values, strict=True)}
+    return [found[id(candidate)] for part in rows for _, candidate in part]
+
+
+def _scores(suite: RewardSuite, rows: Sequence[Rows]) -> tuple[list[float | None], list[str | None], Counter[str]]:
+    """Scores of some prompts' candidates, reasons where masked, and counts. A call that fails is made again with half
+    of the prompts each, so that a candidate on which the labeller crashes or hangs masks its own prompt and no other;
+    after `TIMEOUTS` calls that hung, the rest of those that fail is masked as it is."""
+    values: dict[int, list[float | None]] = {}
+    reasons: dict[int, list[str | None]] = {}
+    counts: Counter[str] = Counter()
+    parts, hung = [(0, len(rows))] if rows else [], 0
+    while parts:
+        low, high = parts.pop()
+        raw = _called(suite, rows[low:high])
+        ((name, found),), (why,) = raw.values.items(), raw.reasons.values()
+        hung += raw.counts.get(f"{name}/timeout", 0)
+        counts.update(raw.counts)
+        failed = raw.counts.get(f"{name}/error", 0) + raw.counts.get(f"{name}/timeout", 0) > 0
+        if failed and high - low > 1 and hung <= TIMEOUTS and all(value is None for value in found):
+            counts[f"{name}/masked"] -= raw.counts[f"{name}/masked"]
+            middle = (low + high) // 2
+            parts += [(middle, high), (low, middle)]
+        else:
+            values[low], reasons[low] = found, why
+    order = sorted(values)
+    return [v for low in order for v in values[low]], [r for low in order for r in reasons[low]], counts
+
+
+def _called(suite: RewardSuite, rows: Sequence[Rows]) -> RawScores:
     flat = [row for part in rows for row in part]
-    raw = suite.scores(
+    return suite.scores(
         [prompt for prompt, _ in flat],
         [candidate.completion for _, candidate in flat],
         [candidate.completion_ids for _, candidate in flat],
         terminated=[candidate.terminated for _, candidate in flat],
     )
-    ((name, values),), (reasons,), counts = raw.values.items(), raw.reasons.values(), Counter(raw.counts)
-    failed = counts[f"{name}/error"] > 0 and all(value is None for value in values)
-    if not failed or len(rows) == 1:
-        return values, reasons, counts
-    counts[f"{name}/masked"] = 0
-    first, second = (_scores(suite, part) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]))
-    return first[0] + second[0], first[1] + second[1], counts + first[2] + second[2]
 
 
 def _grouped(prompt: Prompt, candidate: Candidate) -> Prompt:
@@ -86,8 +130,8 @@ def label(
     engine: Engine = local_engine,
     retry: Collection[str] = (),
 ) -> dict[str, dict[str, int]]:
-    """Score every candidate with every labeller. Prompts that are done are passed over; one that was interrupted is
-    scored again as a whole.
+    """Score every candidate with every labeller. Prompts that are done are passed over; one that was interrupted, or
+    has a candidate whose text was replaced since, is scored again as a whole.
 
     Args:
         retry: labellers, by their unique names, that are asked again where they masked a candidate: a server or a
@@ -101,7 +145,9 @@ def label(
     counted: dict[str, dict[str, int]] = {}
     for name, config in zip(unique_names(labellers), labellers, strict=True):
         place = folder / folder_name(name)
-        labels = read_labels(place, name, store.grid)
+        labels = read_labels(place, name, store)
+        if labels.stale:
+            console.print(f"{name}: {labels.stale} labels are of texts that were replaced; they are made again")
         unlabelled = np.asarray((store.present & ~labels.seen).any((1, 2)))
         masked = labels.seen & store.present & np.isnan(labels.scores) & (name in retry)
         todo = np.flatnonzero(unlabelled | masked.any((1, 2))).tolist()
@@ -109,18 +155,21 @@ def label(
         total = len(store.grid.prompts)
         with ShardWriter(place) as shard, progress(f"label {name}", total, total - len(todo)) as advance:
             chunks = _chunks(todo, store, _with_all_columns(prompts))
-            try:
-                for done, records, events in engine(config, name, chunks) if todo else ():
-                    shard.write([record for record in records if _is_news(record, store.grid, unlabelled, masked)])
-                    counts.update(events)
-                    advance(done, f"{counts[f'{config.function}/masked']} masked")
-            finally:
-                if counts:
-                    so_far = Counter(read_counts(place))
-                    so_far.update(counts)
-                    write_json(place / _COUNTS, so_far)
+            before = Counter(read_counts(place))
+            for done, records, events in engine(config, name, chunks) if todo else ():
+                shard.write([record for record in records if _is_news(record, store.grid, unlabelled, masked)])
+                counts.update(events)
+                write_json(place / _COUNTS, _sum(before, counts))
+                advance(done, f"{counts[f'{config.function}/masked']} masked")
         counted[name] = dict(counts)
     return counted
+
+
+def _sum(a: Counter[str], b: Counter[str]) -> Counter[str]:
+    """Unlike `+`, zeros stay."""
+    total = a.copy()
+    total.update(b)
+    return total
 
 
 def _is_news(record: Record, grid: Grid, unlabelled: np.ndarray, masked: np.ndarray) -> bool:
@@ -163,19 +212,32 @@ class Labels:
     """(P, A, S) float64; NaN: masked, or not labelled"""
     seen: np.ndarray
     """(P, A, S) bool: labelled, be it with a score or as masked"""
+    apart: np.ndarray
+    """(P, A, S) scores where no candidate was compared with one of the other half of the seeds (even and odd ones);
+    NaN: masked, or not known"""
+    stale: int = 0
+    """cells with labels of texts that were replaced since: they count as not labelled"""
 
 
-def read_labels(folder: Path, name: str, grid: Grid) -> Labels:
-    """The scores that a labeller left; of a cell that was scored twice, the later one.
+def read_labels(folder: Path, name: str, store: CandidateStore) -> Labels:
+    """The scores that a labeller left of these candidates; of a cell that was scored twice, the later one.
 
     Raises:
         DataError: a malformed record, or one of another labeller or grid.
     """
-    scores, seen = np.full(grid.shape, np.nan), np.zeros(grid.shape, bool)
+    shape = store.grid.shape
+    scores, apart = np.full(shape, np.nan), np.full(shape, np.nan)
+    seen, stale = np.zeros(shape, bool), np.zeros(shape, bool)
     for where, record in read_records(folder, LABEL):
         if record.get("labeller") != name:
             raise InvalidValue(f"{where}: labeller", record.get("labeller"), f"{name!r}", "the record is misplaced")
-        cell = grid.index((record["prompt_id"], record["heuristic"], record["seed"]), where)
+        cell = store.grid.index(as_key(record, where), where)
+        of = record.get("digest")
+        if of is not None and store.present[cell] and of != f"{int(store.digest[cell]):016x}":
+            stale[cell] = True
+            continue
         value = as_score(record, where)
+        alone = as_score(record, where, APART) if APART in record else value
         scores[cell], seen[cell] = np.nan if value is None else value, True
-    return Labels(scores, seen)
+        apart[cell] = np.nan if alone is None else alone
+    return Labels(scores, seen, apart, int((stale & ~seen).sum()))

@@ -21,6 +21,8 @@ Cell = tuple[int, int, int]
 
 _NORMAL = 1.4826
 """standard deviations of a normal distribution that one median absolute deviation is worth"""
+_DECILES = 2.5631
+"""standard deviations of a normal distribution between its first and its last decile"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Scaled:
 def robust_scale(scores: np.ndarray) -> Scaled:
     """Distance to the median in units of 1.4826 median absolute deviations, over all cells (Huber 1981, section 5.1).
 
-    Where more than half of the scores are equal (verifiers: 0 or 1) that deviation is 0; then distance to the mean in
-    standard deviations. Where all scores are equal: zeros.
+    Where nearly half of the scores are equal that deviation is next to nothing, and one labeller would drown all
+    others: a unit is at least half of what the distance between the first and the last decile makes it. Where more than
+    half are equal (verifiers: 0 or 1) it is 0; then distance to the mean in standard deviations. Where all scores are
+    equal: zeros.
     """
     known = scores[~np.isnan(scores)]
     if known.size == 0 or known.min() == known.max():
@@ -47,6 +51,8 @@ def robust_scale(scores: np.ndarray) -> Scaled:
     centre = float(np.median(known))
     scale = _NORMAL * float(np.median(np.abs(known - centre)))
     if scale > 0:
+        low, high = np.quantile(known, (0.1, 0.9))
+        scale = max(scale, float(high - low) / _DECILES / 2)
         return Scaled((scores - centre) / scale, "mad", centre, scale)
     centre, scale = float(known.mean()), float(known.std())
     return Scaled((scores - centre) / scale, "std", centre, scale)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from asn_rl.errors import AsnError, ConfigError, RewardError, check_at_least
+from asn_rl.errors import AsnError, ConfigError, InvalidValue, RewardError, check_at_least
 from asn_rl.labelling.labels import Chunk, Engine, label_chunk
 from asn_rl.labelling.records import Record, label_record
 from asn_rl.labelling.select import Map
@@ -46,6 +46,8 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "num_gpus", "retries")
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise InvalidValue("num_gpus", self.num_gpus, "at most 1, or a whole number", "Ray shares out single GPUs")
         for name in ("num_cpus", "concurrency"):
             if getattr(self, name) is not None:
                 check_at_least(self, 1, name)
@@ -56,6 +58,24 @@ class RayConfig:
             )
 
 
+def check_gpus(name: str, labeller: RewardConfig, config: RayConfig) -> None:
+    """Refuse a labeller on a GPU where label workers hold none.
+
+    From such workers older versions of Ray hide every GPU; newer ones (pull request 62492 of Ray) let all of them, one
+    a core, put a model of their own on the same GPU.
+
+    Raises:
+        ConfigError: argument `device` of the labeller is a cuda device, and `num_gpus` is 0.
+    """
+    device = labeller.arguments.get("device")
+    if config.num_gpus == 0 and str(device).startswith("cuda"):
+        raise ConfigError(
+            f"labeller {name!r} has device: {device}, and label workers hold num_gpus 0: Ray hides GPUs from them, or "
+            "lets all of them crowd on one. Pass --ray-gpus 1 (in code RayConfig(num_gpus=1)), or a fraction of 1 if "
+            "several workers are to share a GPU"
+        )
+
+
 def ray_engine(config: RayConfig | None = None) -> Engine:
     """An engine for `labels.label`: an actor pool of label workers, results in the order in which they are ready.
 
@@ -63,21 +83,24 @@ def ray_engine(config: RayConfig | None = None) -> Engine:
     warning. Errors are those of the labeller, as in one process.
 
     Raises:
-        ConfigError: Ray is missing or its cluster cannot be reached.
+        ConfigError: Ray is missing, its cluster cannot be reached, or the workers lack the labeller's GPU.
     """
     options = config or RayConfig()
 
     def engine(
         labeller: RewardConfig, name: str, chunks: Iterable[Chunk]
     ) -> Iterator[tuple[int, list[Record], Mapping[str, int]]]:
+        check_gpus(name, labeller, options)
         ray = _connected(options)
-        data = _dataset(ray, enumerate(chunks))
+        workers = _workers(ray, options)
+        items = list(enumerate(chunks))
+        data = _dataset(ray, items)
         answers = data.map_batches(
             LabelWorker,
             fn_constructor_args=(labeller, name, options.retries, attempts_actor(ray), tuple(sys.path)),
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=_workers(ray, options)),
-            num_cpus=1,
+            batch_size=1,  # a chunk; with GPUs Ray insists on a number
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(items)))),
+            num_cpus=None if options.num_gpus else 1,  # Ray discourages both
             num_gpus=options.num_gpus,
         )
         warned = False
@@ -217,9 +240,17 @@ def _dataset(ray: Any, items: Iterable[Any]) -> Any:
 
 
 def _workers(ray: Any, config: RayConfig) -> int:
+    """How many label workers to ask for. A Ray of this machine that lacks their GPUs is refused, since it would wait
+    for them for ever; a cluster may grow."""
+    have = ray.cluster_resources()
+    gpus = have.get("GPU", 0)
+    if config.address is None and gpus < config.num_gpus:
+        raise ConfigError(
+            f"num_gpus (--ray-gpus) is {config.num_gpus:g}, and Ray on this machine has {gpus:g} GPUs; lower it, run "
+            "the labellers on device: cpu, or give the address of a cluster that has them"
+        )
     if config.concurrency is not None:
         return config.concurrency
-    have = ray.cluster_resources()
     if config.num_gpus > 0:
-        return max(1, int(have.get("GPU", 0) / config.num_gpus))
+        return max(1, int(gpus / config.num_gpus))
     return max(1, int(have.get("CPU", 1)))

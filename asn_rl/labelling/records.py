@@ -6,17 +6,20 @@ dropped with a warning; the record is made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from asn_rl.errors import DataError
 from asn_rl.files import write_whole
 from asn_rl.runs import console
-from asn_rl.types import Candidate, Prompt
+from asn_rl.types import Candidate, Key, Prompt
 
 PROMPT, CANDIDATE, LABEL = "asn_rl.prompt/1", "asn_rl.candidate/1", "asn_rl.label/1"
 Record = dict[str, Any]
@@ -36,19 +39,32 @@ class ShardWriter:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with _naming(self.path):  # after a full disk there is something left to write
+                self._file.close()
 
     def write(self, records: Sequence[Record]) -> None:
         """Append whole lines and flush them.
 
         Raises:
-            OSError: the disk is full; what was written before stays, a torn last line is dropped when it is read.
+            OSError: the disk is full, with the shard's path; what was written before stays, a torn last line is dropped
+                when it is read.
         """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if self._file is None:
             self._file = self.path.open("x", encoding="utf-8")
-        self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self.path):
+            self._file.write(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of an open file carry no name; give them `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def shards(folder: Path) -> list[Path]:
@@ -139,27 +155,49 @@ def _expect(ok: bool, record: Mapping[str, Any], where: str, name: str) -> None:
         raise DataError(f"{where}: field {name!r} is {record.get(name)!r:.80}; fields of a candidate are {kinds}")
 
 
+def digest(candidate: Candidate) -> int:
+    """64 bits, equal where text, tokens and way of ending are equal."""
+    text = json.dumps([candidate.completion, candidate.completion_ids, candidate.terminated])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 def label_record(candidate: Candidate, labeller: str, score: float | None, reason: str | None = None) -> Record:
-    """A score of one candidate; None: masked, for a `reason`."""
+    """A score of one candidate; None: masked, for a `reason`. `digest` says of which text."""
     prompt_id, heuristic, seed = candidate.key
     record = {
         "schema": LABEL, "prompt_id": prompt_id, "heuristic": heuristic, "seed": seed,
-        "labeller": labeller, "score": score,
+        "digest": f"{digest(candidate):016x}", "labeller": labeller, "score": score,
     }  # fmt: skip
     return record if reason is None else record | {"reason": reason}
 
 
-def as_score(record: Mapping[str, Any], where: str) -> float | None:
-    """The score of a label record; None: masked.
+def as_key(record: Mapping[str, Any], where: str) -> Key:
+    """The cell of a record.
 
     Raises:
-        DataError: neither a finite number nor null.
+        DataError: a prompt id or heuristic that is no text, or a seed that is no integer.
     """
-    score = record.get("score")
+    key = tuple(record.get(name) for name in ("prompt_id", "heuristic", "seed"))
+    kinds = (isinstance(key[0], str), isinstance(key[1], str), isinstance(key[2], int) and not isinstance(key[2], bool))
+    if not all(kinds):
+        raise DataError(
+            f"{where}: a cell is prompt_id (text), heuristic (text) and seed (integer), got {key!r:.120}; remove "
+            "the line"
+        )
+    return key  # type: ignore[return-value]
+
+
+def as_score(record: Mapping[str, Any], where: str, name: str = "score") -> float | None:
+    """A score of a label record; None: masked.
+
+    Raises:
+        DataError: not there, or neither a finite number nor null.
+    """
+    score = record.get(name, "nothing")
     if score is None:
         return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < float("inf"):
-        raise DataError(f"{where}: 'score' must be a finite number or null, got {score!r:.80}; label again")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+        raise DataError(f"{where}: {name!r} must be a finite number or null, got {score!r:.80}; label again")
     return float(score)
 
 

@@ -55,7 +55,7 @@ class SelectConfig:
 
     normalize: Normalize = "robust"
     """robust: each labeller's scores minus their median, over 1.4826 median absolute deviations (mean and standard
-    deviation where more than half of the scores are equal); none: raw scores"""
+    deviation where more than half of the scores are equal; see `rating.robust_scale`); none: raw scores"""
     shrinkage: float = 32.0
     """samples that the mean of a prompt's stratum is worth when heuristics are rated on a prompt"""
     top_k: int = 1
@@ -169,7 +169,7 @@ def select(
         "labellers": {name: _labeller_summary(raw[name], scaled[name], store) for name in raw},
         "correlations": _correlations(raw),
         "heuristics": _heuristic_summary(store, comparable, lacks, best, strata),
-        "gain": _gain_summary(comparable, strata, config.shrinkage),
+        "gain": _gain_summary(store, labels, weights, strata, config),
     }
     write_json(folder / "summary.json", summary)
     return summary
@@ -326,25 +326,39 @@ def _heuristic_summary(
     }
 
 
-def _gain_summary(total: np.ndarray, strata: Sequence[str], shrinkage: float) -> dict[str, Any] | None:
-    """Gain over the best single heuristic, of choosing by prompt and by stratum; None: one seed cannot say."""
-    if total.shape[-1] < 2:
+def _gain_summary(
+    store: CandidateStore,
+    labels: Mapping[str, Labels],
+    weights: Mapping[str, float],
+    strata: Sequence[str],
+    config: SelectConfig,
+) -> dict[str, Any] | None:
+    """Gain over the best single heuristic, of choosing by prompt and by stratum; None: one seed cannot say.
+
+    One half of the seeds chooses, the other one scores. Labels that compare candidates are those of a half by itself,
+    and labellers that have no such labels are left out.
+    """
+    if store.grid.shape[-1] < 2:
         return None
-    labels = np.asarray(strata)
-    found: dict[str, Any] = {}
-    for what, amount in (("by_prompt", shrinkage), ("by_stratum", math.inf)):
+    apart = {name: np.where(store.present, part.apart, np.nan) for name, part in labels.items()}
+    scores = {name: _scaled(part, config.normalize).values for name, part in apart.items()}
+    total = np.where(lacking(scores, weights) == 0, total_score(scores, weights), np.nan)
+    left_out = [name for name, part in apart.items() if weights[name] and np.isnan(part).all()]
+    groups = np.asarray(strata)
+    found: dict[str, Any] = {"left_out": left_out}
+    for what, amount in (("by_prompt", config.shrinkage), ("by_stratum", math.inf)):
         honest, naive = cross_fitted_gains(total, strata, amount), gains(total, total, strata, amount)
 
         def both(rows: np.ndarray, honest: np.ndarray = honest, naive: np.ndarray = naive) -> dict[str, Any]:
-            part = labels[rows].tolist()
+            part = groups[rows].tolist()
             return {
                 "cross_fitted": _plain(interval(honest[rows], part)),
                 "naive": _plain(interval(naive[rows], part)),
             }
 
         found[what] = {
-            **both(np.arange(len(labels))),
-            "strata": {label: both(np.flatnonzero(labels == label)) for label in sorted(set(strata))},
+            **both(np.arange(len(groups))),
+            "strata": {label: both(np.flatnonzero(groups == label)) for label in sorted(set(strata))},
         }
     return found
 

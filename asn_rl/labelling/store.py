@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from copy import copy
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from asn_rl.labelling.grid import Grid
-from asn_rl.labelling.records import CANDIDATE, as_candidate, read_located, shards
+from asn_rl.labelling.records import CANDIDATE, as_candidate, digest, read_located, shards
 from asn_rl.types import Candidate
 
 Location = tuple[Path, int]
@@ -53,11 +52,11 @@ class CandidateStore:
         for where, offset, record in read_located(path, CANDIDATE):
             candidate = as_candidate(record, where)
             cell = self.grid.index(candidate.key, where)
-            digest = _digest(candidate)
+            found = np.uint64(digest(candidate))
             if self.file[cell] < 0:
-                self.file[cell], self.offset[cell], self.digest[cell] = len(self.files) - 1, offset, digest
+                self.file[cell], self.offset[cell], self.digest[cell] = len(self.files) - 1, offset, found
                 self.empty[cell], self.truncated[cell] = not candidate.completion.strip(), not candidate.terminated
-            elif self.digest[cell] == digest:
+            elif self.digest[cell] == found:
                 self.copies += 1
             else:
                 first = self.files[self.file[cell]]
@@ -92,8 +91,3 @@ def read_candidates(locations: list[Location]) -> list[Candidate]:
             lines.seek(offset)
             found.append(as_candidate(json.loads(lines.readline()), f"{path}, byte {offset}"))
     return found
-
-
-def _digest(candidate: Candidate) -> np.uint64:
-    text = json.dumps([candidate.completion, candidate.completion_ids, candidate.terminated])
-    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))

@@ -68,16 +68,16 @@ def marginal_distinct_n(texts: Sequence[Sequence[str]], n: int = 3) -> list[floa
     ]
 
 
-def repetition_rate(words: Sequence[str], n: int = 3) -> float | None:
-    """Share of the n-grams of one text that occurred before in it, in [0, 1): 1 - distinct-n. None for fewer than `n`
-    words, which have no n-grams.
+def repetition_rate(words: Sequence[str], n: int = 3) -> float:
+    """Share of the n-grams of one text that occurred before in it, in [0, 1): 1 - distinct-n. Fewer than `n` words
+    repeat none: 0.
 
     Raises:
         InvalidValue: `n` below 1, or words that are one string.
     """
     _check_words([words])
     grams = list(ngrams(words, n))
-    return 1 - len(set(grams)) / len(grams) if grams else None
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:

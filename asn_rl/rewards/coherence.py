@@ -63,7 +63,7 @@ def repetition_rate(
     """Share of a completion's n-grams that occurred before in it, in [0, 1): higher repeats more, so give it a negative
     weight. It is 1 - distinct-n (Li et al. 2016) of the completion, over whitespace words in lower case.
 
-    None for a completion of fewer than `n` words, which has no n-grams.
+    0 for a completion of fewer than `n` words: masked, it would come after those that can repeat themselves.
 
     Raises:
         InvalidValue: `n` below 1.

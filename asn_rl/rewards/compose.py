@@ -134,6 +134,11 @@ class RewardSuite:
         """As given, one a function."""
         return [component.config for component in self._components]
 
+    @property
+    def compares(self) -> str | None:
+        """Among what the first function compares completions; see `asn_rl.protocols.RewardFunction`."""
+        return getattr(REWARDS.resolve(self.configs[0].function), "compares", None)
+
     def __enter__(self) -> Self:
         return self
 
@@ -167,7 +172,10 @@ class RewardSuite:
         raw = self.scores(prompts, completions, completion_ids, terminated=terminated)
         scores = {name: scores_tensor(values) for name, values in raw.values.items()}
         if all(bool(part.isnan().all()) for part in scores.values()):
-            raise RewardError(f"every score of this call is masked, there is nothing to learn from. {raw.why_masked()}")
+            raise RewardError(
+                f"every score of this call is masked, there is nothing to learn from. {raw.why_masked()}. Mend it, and "
+                "the same command resumes from the last checkpoint"
+            )
         total = combined(self.configs, list(scores.values()), [prompt.id for prompt in prompts])
         return RewardResult(total, scores, raw.counts)
 
@@ -271,7 +279,8 @@ class _Component:
             self._warned.add(failure.reason)
             warnings.warn(
                 f"reward {self.name!r} failed ({failure.reason}: {failure.detail}); its scores of these {rows} "
-                "completions are masked. Further failures of this kind are only counted",
+                "completions are masked. Mend the function, or give it more time_limit or retries; the same "
+                "command resumes. Further failures of this kind are only counted",
                 RuntimeWarning,
                 stacklevel=4,
             )

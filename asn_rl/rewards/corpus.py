@@ -37,8 +37,8 @@ def corpus_coverage(
 ) -> list[float | None]:
     """Share of a completion's tokens that lie in a match with the corpus, in [0, 1]: higher copies more.
 
-    It reads the sampled ids, not the text, without end-of-sequence ids. None for a completion of fewer than
-    `min_match` tokens, which cannot have a match; `corpus_coverage.counts` has how many (`short`).
+    It reads the sampled ids, not the text, without end-of-sequence ids. 0 for a completion of fewer than `min_match`
+    tokens, which cannot have a match; `corpus_coverage.counts` has how many (`short`). None for one without tokens.
 
     Args:
         index: folder of the index (`asn-rl index-corpus`), opened once a process.
@@ -102,7 +102,7 @@ def _measured(
         tokens = tuple(token for token in ids if token not in eos)
         matches = _matches(index, fingerprint, tokens, min_match, max_match)
         counts["short"] += len(tokens) < min_match
-        scores.append(None if len(tokens) < min_match else measure(matches, len(tokens)))
+        scores.append(measure(matches, len(tokens)) if tokens else None)
     return scores
 
 
@@ -131,10 +131,11 @@ def infini_gram_api_coverage(
     higher copies more.
 
     The server (https://api.infini-gram.io, or one's own) is asked for counts of word sequences: several requests a
-    match, of up to `concurrency` completions at a time. None for a completion of fewer than `min_match` words, for one
-    with the words AND or OR, which the server takes for operators, and where a request failed for good: that is not
-    "not found". `infini_gram_api_coverage.counts` has how many completions were `short` or had `operators`, and how
-    many `requests` were made, `failed` for good, or were `refused` (answered with an error).
+    match, of up to `concurrency` completions at a time. 0 for a completion of fewer than `min_match` words, which
+    cannot have a match. None for one without words or with the words AND or OR, which the server takes for operators,
+    and where a request failed for good: that is not "not found". `infini_gram_api_coverage.counts` has how many
+    completions were `short` or had `operators`, and how many `requests` were made, `failed` for good, or were `refused`
+    (answered with an error).
 
     Args:
         url: of the server.
@@ -157,11 +158,11 @@ def infini_gram_api_coverage(
     searches: dict[int, Search] = {}
     for i, words in enumerate(texts):
         search = match_search(len(words), min_match=min_match, max_match=max_match)
-        if len(words) < min_match:
-            API_COUNTS["short"] += 1
-        elif _OPERATORS & set(words):
+        short = len(words) < min_match
+        API_COUNTS["short"] += short
+        if not short and _OPERATORS & set(words):
             API_COUNTS["operators"] += 1
-        else:
+        elif words:
             searches[i] = search
 
     def occurrences(queries: Sequence[str]) -> dict[str, bool | None]:

@@ -90,3 +90,6 @@ def _phrases(valid: Any) -> tuple[str, ...]:
         f"distinct_valid needs a list of accepted phrases in the column 'valid', got {valid!r:.100}; use null for "
         "rows it does not apply to"
     )
+
+
+distinct_valid.__dict__["compares"] = "group"

@@ -200,3 +200,4 @@ def _package_folder() -> Path:
 
 COUNTS: Counter[str] = Counter()
 vendi_diversity.__dict__["counts"] = COUNTS
+vendi_diversity.__dict__["compares"] = "group"

@@ -200,3 +200,4 @@ class _Table:
 
 COUNTS: Counter[str] = Counter()
 pairwise_judge.__dict__["counts"] = COUNTS
+pairwise_judge.__dict__["compares"] = "prompt"

@@ -84,3 +84,7 @@ def _self_bleu_diversity(texts: list[str]) -> list[float]:
 
 def _marginal_distinct(texts: list[str], n: int) -> list[float]:
     return marginal_distinct_n([text.split() for text in texts], n)
+
+
+self_bleu_diversity.__dict__["compares"] = "group"
+distinct_ngrams.__dict__["compares"] = "group"

@@ -1,4 +1,4 @@
-"""Reward functions that end the process they run in; for label workers of the Ray engine."""
+"""Reward functions for label workers of the Ray engine: some end the process they run in."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def deadly(prompts: list[Any], completions: list[str], *, word: str, **columns: 
     if any(word in text for text in completions):
         os.kill(os.getpid(), signal.SIGKILL)
     return length(prompts, completions)
+
+
+def holds_gpu(prompts: list[Any], completions: list[str], *, device: str, **columns: Any) -> list[float | None]:
+    """1 where Ray gave this process a GPU, real or not; else 0."""
+    return [float(bool(os.environ.get("CUDA_VISIBLE_DEVICES")))] * len(completions)

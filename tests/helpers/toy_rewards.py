@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def crash_on(prompts: list[str], completions: list[str], *, prompt: str, **colum
     """1 for everything, unless one prompt is among them: then it raises."""
     if prompt in prompts:
         raise ZeroDivisionError(prompt)
+    return [1.0] * len(completions)
+
+
+def hang_on(prompts: list[str], completions: list[str], *, prompt: str, **columns: Any) -> list[float | None]:
+    """1 for everything, unless one prompt is among them: then it does not return."""
+    while prompt in prompts:
+        time.sleep(60)
     return [1.0] * len(completions)
 
 

@@ -72,7 +72,7 @@ def test_labels_of_candidates_are_the_rewards_of_the_same_rollout(job: Job) -> N
     run = rollout(job.arms[1].policy, job.backend, prompts, config, seed=seeds)
     direct = score(job.rewards, run)
     for name, expected in direct.components.items():
-        labels = read_labels(job.run / "labels" / "train" / name, name, candidates.grid)
+        labels = read_labels(job.run / "labels" / "train" / name, name, candidates)
         np.testing.assert_array_equal(labels.scores[:, 1].reshape(-1), expected.numpy())
 
 

@@ -198,16 +198,17 @@ from asn_rl.labelling.records import ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 line = {candidate_record(candidate())!r}
-shard = ShardWriter(Path({str(tmp_path)!r}))
 try:
-    for seed in (7, 8, 9) * 20:
-        shard.write([line | {{"seed": seed, "heuristic": "hot"}}])
+    with ShardWriter(Path({str(tmp_path)!r})) as shard:
+        for seed in (7, 8, 9) * 20:
+            shard.write([line | {{"seed": seed, "heuristic": "hot"}}])
 except OSError as error:
     print(error)
     sys.exit(3)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, "File too large" in done.stdout) == (3, True), done.stderr
+    assert done.returncode == 3, done.stderr
+    assert f"File too large: {str(tmp_path / 'shard-00000.jsonl')!r}" in done.stdout
     store = CandidateStore(GRID, tmp_path)
     assert store.present.sum() == 3
     generate(store, source(), tmp_path)
@@ -241,9 +242,10 @@ def test_labels_are_the_rewards_of_a_rollout(tmp_path: Path) -> None:
                 for i, (prompt, sample) in enumerate(zip(run.prompts, run.sample, strict=True))
             ]
         )
-    label(configs, CandidateStore(grid, tmp_path / "candidates"), BY_ID, tmp_path / "labels")
+    store = CandidateStore(grid, tmp_path / "candidates")
+    label(configs, store, BY_ID, tmp_path / "labels")
     for name, expected in direct.components.items():
-        labels = read_labels(tmp_path / "labels" / name, name, grid)
+        labels = read_labels(tmp_path / "labels" / name, name, store)
         assert labels.seen.all()
         np.testing.assert_array_equal(labels.scores.reshape(-1), expected.numpy())
     assert 0 < direct.components["distinct_valid"].sum() < len(run)
@@ -251,7 +253,7 @@ def test_labels_are_the_rewards_of_a_rollout(tmp_path: Path) -> None:
 
 def test_comparing_labellers_see_one_heuristic_at_a_time(whole: CandidateStore, tmp_path: Path) -> None:
     label([RewardConfig("distinct_valid")], whole, BY_ID, tmp_path)
-    scores = read_labels(tmp_path / "distinct_valid", "distinct_valid", GRID).scores
+    scores = read_labels(tmp_path / "distinct_valid", "distinct_valid", whole).scores
     copies = scores[:, 0]  # greedy: the same text three times
     assert set(np.unique(copies)) <= {0.0, 1 / 3}
     for i, heuristic in ((i, h) for i in range(4) for h in (1, 2)):
@@ -262,7 +264,7 @@ def test_comparing_labellers_see_one_heuristic_at_a_time(whole: CandidateStore, 
 def test_masked_labels_stay_masked(whole: CandidateStore, tmp_path: Path) -> None:
     prompts = {i: Prompt(p.id, p.content, {"answer": None if i == "p1" else "3"}) for i, p in BY_ID.items()}
     counts = label([RewardConfig("numeric_answer")], whole, prompts, tmp_path)
-    labels = read_labels(tmp_path / "numeric_answer", "numeric_answer", GRID)
+    labels = read_labels(tmp_path / "numeric_answer", "numeric_answer", whole)
     assert labels.seen.all()
     assert np.isnan(labels.scores[0]).all()
     assert not np.isnan(labels.scores[1:]).any()
@@ -273,7 +275,7 @@ def test_a_labeller_that_crashes_on_one_prompt_masks_that_one_only(whole: Candid
     config = RewardConfig("toy_rewards:crash_on", arguments={"prompt": PROMPTS[1].content})
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
         counts = label([config], whole, BY_ID, tmp_path)
-    scores = read_labels(tmp_path / folder_name(config.function), config.function, whole.grid).scores
+    scores = read_labels(tmp_path / folder_name(config.function), config.function, whole).scores
     assert np.isnan(scores[1]).all()
     assert (np.delete(scores, 1, 0) == 1).all()
     masked = scores[1].size
@@ -290,7 +292,7 @@ def test_a_column_that_only_other_prompts_have_is_none(whole: CandidateStore, tm
     monkeypatch.setattr("asn_rl.labelling.labels.CHUNK", 1)
     prompts = {i: Prompt(p.id, p.content, {"answer": "3"} if i == "p1" else {}) for i, p in BY_ID.items()}
     label([RewardConfig("numeric_answer")], whole, prompts, tmp_path)
-    known = ~np.isnan(read_labels(tmp_path / "numeric_answer", "numeric_answer", GRID).scores).all((1, 2))
+    known = ~np.isnan(read_labels(tmp_path / "numeric_answer", "numeric_answer", whole).scores).all((1, 2))
     assert known.tolist() == [True, False, False, False]
 
 
@@ -321,7 +323,7 @@ def test_labelling_continues_with_what_is_not_done(whole: CandidateStore, tmp_pa
     label([config], whole, BY_ID, full)
     name = "distinct_valid"
     np.testing.assert_array_equal(
-        read_labels(tmp_path / name, name, GRID).scores, read_labels(full / name, name, GRID).scores
+        read_labels(tmp_path / name, name, whole).scores, read_labels(full / name, name, whole).scores
     )
 
 
@@ -333,7 +335,7 @@ def test_masked_labels_are_asked_for_again(whole: CandidateStore, tmp_path: Path
         for prompt in BY_ID:
             (tmp_path / prompt).touch() if prompt in out else (tmp_path / prompt).unlink(missing_ok=True)
         label([config], whole, BY_ID, tmp_path / "labels", **options)
-        return read_labels(place, config.function, GRID).scores
+        return read_labels(place, config.function, whole).scores
 
     expected = scores(set())
     shutil.rmtree(tmp_path / "labels")
@@ -349,10 +351,70 @@ def test_masked_labels_are_asked_for_again(whole: CandidateStore, tmp_path: Path
 
 
 @pytest.mark.parametrize("score_text", ["NaN", '"good"', "true", "1e999"])
-def test_labels_that_are_no_numbers_are_refused(tmp_path: Path, score_text: str) -> None:
+def test_labels_that_are_no_numbers_are_refused(whole: CandidateStore, tmp_path: Path, score_text: str) -> None:
     key = '"prompt_id": "p1", "heuristic": "hot", "seed": 7, "labeller": "x"'
     (tmp_path / "shard-00000.jsonl").write_text(f'{{"schema": "asn_rl.label/1", {key}, "score": {score_text}}}\n')
     with pytest.raises(DataError, match="finite number or null"):
-        read_labels(tmp_path, "x", GRID)
+        read_labels(tmp_path, "x", whole)
     with pytest.raises(InvalidValue, match="misplaced"):
-        read_labels(tmp_path, "y", GRID)
+        read_labels(tmp_path, "y", whole)
+
+
+@pytest.mark.parametrize("broken", ["prompt_id", "heuristic", "seed", "score"])
+def test_labels_that_lack_a_field_are_refused(whole: CandidateStore, tmp_path: Path, broken: str) -> None:
+    fields = {"prompt_id": "p1", "heuristic": "hot", "seed": 7, "labeller": "x", "score": 1.0}
+    for record in ({**fields, broken: []}, {name: value for name, value in fields.items() if name != broken}):
+        (tmp_path / "shard-00000.jsonl").write_text(json.dumps({"schema": "asn_rl.label/1", **record}) + "\n")
+        with pytest.raises(DataError, match=r"shard-00000.jsonl, line 1: (a cell is|'score' must be)"):
+            read_labels(tmp_path, "x", whole)
+
+
+def test_a_label_of_a_text_that_was_replaced_is_made_again(whole: CandidateStore, tmp_path: Path, capsys) -> None:
+    config = RewardConfig("length_budget", arguments={"budget": 3})
+    shutil.copytree(whole.folder, tmp_path / "candidates")
+    store = CandidateStore(GRID, tmp_path / "candidates")
+    label([config], store, BY_ID, tmp_path)
+    path, offset = store.location((1, 2, 0))
+    lines = path.read_bytes()
+    end = lines.index(b"\n", offset)
+    record = json.loads(lines[offset:end]) | {"completion": "one two three four five six", "completion_ids": [3] * 9}
+    path.write_bytes(lines[:offset] + json.dumps(record).encode() + lines[end:])
+    store = CandidateStore(GRID, store.folder)
+    labels = read_labels(tmp_path / "length_budget", "length_budget", store)
+    assert (labels.stale, labels.seen[1, 2, 0], labels.seen.sum()) == (1, False, GRID.size - 1)
+    label([config], store, BY_ID, tmp_path)
+    assert "1 labels are of texts that were replaced" in capsys.readouterr().out
+    fresh = tmp_path / "fresh"
+    label([config], store, BY_ID, fresh)
+    found = [read_labels(place / "length_budget", "length_budget", store) for place in (tmp_path, fresh)]
+    np.testing.assert_array_equal(found[0].scores, found[1].scores)
+    assert found[0].stale == 0
+
+
+def test_a_labeller_that_hangs_on_one_prompt_masks_that_one_only(whole: CandidateStore, tmp_path: Path) -> None:
+    arguments = {"prompt": PROMPTS[1].content}
+    config = RewardConfig("toy_rewards:hang_on", arguments=arguments, time_limit=1.0, isolation="process")
+    with pytest.warns(RuntimeWarning, match="timeout"):
+        counts = label([config], whole, BY_ID, tmp_path)[config.function]
+    scores = read_labels(tmp_path / folder_name(config.function), config.function, whole).scores
+    assert np.isnan(scores).all((1, 2)).tolist() == [False, True, False, False]
+    assert counts[f"{config.function}/masked"] == scores[1].size
+    assert counts[f"{config.function}/timeout"] == 3  # all four prompts, two, one
+
+
+def test_halves_of_the_seeds_are_compared_by_themselves(whole: CandidateStore, tmp_path: Path) -> None:
+    rewards = [RewardConfig("distinct_ngrams", arguments={"n": 1})]
+    label(rewards, whole, BY_ID, tmp_path)
+    found = read_labels(tmp_path / "distinct_ngrams", "distinct_ngrams", whole)
+    seeds = np.array(GRID.seeds)
+    for half in range(2):
+        grid = Grid(GRID.prompts, GRID.heuristics, tuple(seeds[seeds % 2 == half].tolist()))
+        folder = tmp_path / f"half-{half}"
+        cells = [(i, j, k) for i, j, k in np.ndindex(GRID.shape) if seeds[k] % 2 == half]
+        with ShardWriter(folder / "candidates") as shard:
+            shard.write([candidate_record(c) for c in read_candidates([whole.location(cell) for cell in cells])])
+        store = CandidateStore(grid, folder / "candidates")
+        label(rewards, store, BY_ID, folder)
+        alone = read_labels(folder / "distinct_ngrams", "distinct_ngrams", store).scores
+        np.testing.assert_array_equal(found.apart[..., seeds % 2 == half], alone)
+    assert not np.array_equal(found.apart, found.scores)

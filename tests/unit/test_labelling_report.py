@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
     store = CandidateStore(GRID, tmp_path / "candidates" / "train")
     label(LABELLERS, store, prompts, tmp_path / "labels" / "train")
     names = unique_names(LABELLERS)
-    found = {name: read_labels(tmp_path / "labels" / "train" / folder_name(name), name, GRID) for name in names}
+    found = {name: read_labels(tmp_path / "labels" / "train" / folder_name(name), name, store) for name in names}
     weights = dict(zip(names, [1.0, -0.5], strict=True))
     select(store, found, weights, STRATA, SelectConfig(shrinkage=2), tmp_path / "selected")
     return tmp_path
@@ -98,7 +98,7 @@ def test_failed_and_masked_scores_are_shown(run: Path, tmp_path: Path):
     store = CandidateStore(GRID, run / "candidates" / "train")
     scores = np.random.default_rng(0).normal(size=GRID.shape)
     scores[:5, 1] = math.nan
-    found = {"numeric_answer": Labels(scores, np.ones(GRID.shape, bool))}
+    found = {"numeric_answer": Labels(scores, np.ones(GRID.shape, bool), scores)}
     select(store, found, {"numeric_answer": 1.0}, STRATA, SelectConfig(), run / "selected")
     page = write_labelling_report(run).read_text()
     assert "<tr><td>hot</td><td>20</td></tr>" in page

@@ -128,15 +128,15 @@ def test_repetition_rate_by_hand() -> None:
     assert repetition_rate(["a", "b", "c", "d"], 1) == 0.0
     assert repetition_rate(["a", "a", "a", "a"], 1) == 3 / 4
     assert repetition_rate(["a", "b", "a", "b", "a"], 2) == 2 / 4
-    assert repetition_rate(["a", "b"], 3) is None
-    assert repetition_rate([], 1) is None
+    assert repetition_rate(["a", "b"], 3) == 0.0
+    assert repetition_rate([], 1) == 0.0
 
 
 @given(TEXT, st.integers(1, 4))
 def test_repetition_rate_counts_what_occurred_before(words: list[str], n: int) -> None:
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     before = sum(gram in grams[:i] for i, gram in enumerate(grams))
-    assert repetition_rate(words, n) == (pytest.approx(before / len(grams)) if grams else None)
+    assert repetition_rate(words, n) == (pytest.approx(before / len(grams)) if grams else 0.0)
 
 
 def test_ngrams() -> None:

@@ -86,16 +86,21 @@ def test_a_chunk_bounds_the_positions_and_computes_a_prompt_once(
     assert all(height * width <= 4 * batch_tokens for height, width in shapes)
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), max_size=12), st.integers(1, 40))
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), max_size=12),
+    st.integers(1, 40),
+    st.sampled_from([None, 0]),
+)
 def test_chunks_hold_each_completion_once_and_no_more_than_they_may(
-    lengths: list[tuple[int, int]], batch_tokens: int
+    lengths: list[tuple[int, int]], batch_tokens: int, shared: int | None
 ) -> None:
     prompts, rows = [[1] * p for p, _ in lengths], [[2] * n for _, n in lengths]
-    chunks = scoring_chunks(prompts, rows, batch_tokens)
+    chunks = scoring_chunks(prompts, rows, batch_tokens, shared)
     assert sorted(i for chunk in chunks for i in chunk) == [i for i, row in enumerate(rows) if row]
     for chunk in chunks:
         prompt, width = (max(len(part[i]) for i in chunk) for part in (prompts, rows))
-        assert len(chunk) == 1 or len(chunk) * width <= batch_tokens
+        beside = max(len(prompts[i]) for i in chunk) - min(len(prompts[i]) for i in chunk) if shared is None else 0
+        assert len(chunk) == 1 or len(chunk) * (width + beside) <= batch_tokens
         assert len(chunk) == 1 or len(chunk) * (prompt + width) <= 4 * batch_tokens
 
 
@@ -230,12 +235,12 @@ def test_a_shared_backend_is_loaded_once(tmp_path: Path) -> None:
         ("A a", 1, 0.5),
         ("to be or not to be", 2, 0.2),
         ("a b a b a b", 3, 0.5),
-        ("one two", 3, None),
-        ("", 1, None),
+        ("one two", 3, 0.0),
+        ("", 1, 0.0),
     ],
 )
-def test_repetition_rate(text: str, n: int, rate: float | None) -> None:
-    assert check_reward(repetition_rate, ["q"], [text], n=n) == [None if rate is None else pytest.approx(rate)]
+def test_repetition_rate(text: str, n: int, rate: float) -> None:
+    assert check_reward(repetition_rate, ["q"], [text], n=n) == [pytest.approx(rate)]
 
 
 @given(st.lists(st.sampled_from("ab"), max_size=12), st.integers(1, 4))
@@ -243,7 +248,7 @@ def test_repetition_is_the_share_of_grams_seen_before(words: list[str], n: int) 
     grams = [words[i : i + n] for i in range(len(words) - n + 1)]
     seen_before = sum(gram in grams[:i] for i, gram in enumerate(grams))
     (rate,) = repetition_rate(["q"], [" ".join(words)], n=n)
-    assert rate == (pytest.approx(seen_before / len(grams)) if grams else None)
+    assert rate == (pytest.approx(seen_before / len(grams)) if grams else 0.0)
 
 
 def test_n_must_be_positive() -> None:

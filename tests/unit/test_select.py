@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
 from asn_rl.labelling.grid import Grid
-from asn_rl.labelling.labels import Labels
+from asn_rl.labelling.labels import Labels, label, read_labels
 from asn_rl.labelling.rating import (
     best_heuristic,
     best_single,
@@ -34,7 +34,8 @@ from asn_rl.labelling.rating import (
 from asn_rl.labelling.records import ShardWriter, candidate_record
 from asn_rl.labelling.select import SelectConfig, select
 from asn_rl.labelling.store import CandidateStore
-from asn_rl.types import Candidate
+from asn_rl.rewards.compose import RewardConfig
+from asn_rl.types import Candidate, Prompt
 
 NAN = math.nan
 SHAPE = (3, 2, 4)
@@ -67,10 +68,17 @@ def top(total: np.ndarray, k: int, **changes: np.ndarray) -> list[list[tuple[int
 
 
 def test_scores_are_measured_from_the_median_in_absolute_deviations():
-    # Median 3, distances 2 1 0 1 97: their median is 1.
-    found = robust_scale(np.array([[[1.0, 2.0, 3.0, 4.0, 100.0]]]))
-    assert (found.how, found.centre) == ("mad", 3.0)
-    assert found.values[0, 0] == pytest.approx(np.array([-2, -1, 0, 1, 97]) / 1.4826)
+    # Median 10.5, distances .5 .5 1.5 1.5 ... 8.5 8.5 9.5 89.5: their median is 5.
+    scores = np.array([*range(1, 20), 100.0])
+    found = robust_scale(scores[None, None])
+    assert (found.how, found.centre) == ("mad", 10.5)
+    assert found.values[0, 0] == pytest.approx((scores - 10.5) / (5 * 1.4826))
+
+
+def test_a_unit_is_at_least_half_of_what_the_deciles_say():
+    scores = np.array([0.0] * 10 + [1.0, 1.0, 1.0, *range(2, 10)])  # median 1, deviations mostly 1
+    found = robust_scale(scores[None, None])
+    assert found.scale == pytest.approx(max(1.4826, (7 - 0) / 2.5631 / 2))
 
 
 def test_one_outlier_moves_the_others_little():
@@ -85,6 +93,14 @@ def test_verdicts_fall_back_to_the_standard_deviation():
     found = robust_scale(np.array([[[1.0, 1.0, 1.0, 0.0]]]))
     assert (found.how, found.centre, found.scale) == ("std", 0.75, pytest.approx(math.sqrt(3) / 4))
     assert found.values[0, 0] == pytest.approx(np.array([0.25, 0.25, 0.25, -0.75]) / (math.sqrt(3) / 4))
+
+
+@settings(deadline=None, max_examples=60)
+@given(zeros=st.integers(0, 700), seed=st.integers(0, 99), shape=st.sampled_from([0.3, 1.0, 3.0]))
+def test_many_equal_scores_do_not_make_the_others_huge(zeros: int, seed: int, shape: float):
+    scores = np.random.default_rng(seed).random(1000) ** shape
+    scores[:zeros] = 1e-16 * scores[:zeros] if seed % 2 else 0.0
+    assert np.abs(robust_scale(scores[None, None]).values).max() < 25
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 7e5])
@@ -363,7 +379,7 @@ def store(tmp_path: Path) -> CandidateStore:
 
 
 def labels(scores: np.ndarray) -> Labels:
-    return Labels(scores, np.ones(GRID.shape, bool))
+    return Labels(scores, np.ones(GRID.shape, bool), scores)
 
 
 def drawn(seed: int = 0) -> dict[str, Labels]:
@@ -445,7 +461,7 @@ def test_the_summary_says_what_was_counted_and_how_scores_were_scaled(store: Can
         assert row["mean"]["low"] <= row["mean"]["mean"] <= row["mean"]["high"]
     assert summary["correlations"]["quality"]["quality"] == pytest.approx(1)
     assert summary["correlations"]["quality"]["verifier"] == summary["correlations"]["verifier"]["quality"]
-    assert set(summary["gain"]) == {"by_prompt", "by_stratum"}
+    assert set(summary["gain"]) == {"by_prompt", "by_stratum", "left_out"}
     assert summary["settings"]["weights"] == WEIGHTS
 
 
@@ -547,3 +563,52 @@ def test_weights_name_the_labellers(store: CandidateStore, tmp_path: Path):
 def test_settings_out_of_range(change: dict[str, Any], message: str):
     with pytest.raises(InvalidValue, match=message):
         SelectConfig(**change)
+
+
+def test_labels_that_compare_candidates_gain_nothing_where_heuristics_are_alike(tmp_path: Path):
+    """Scores of one group know of each other, and a shared level is carried from one half of the seeds to the other."""
+    grid = Grid(tuple(f"p{i}" for i in range(40)), tuple(f"h{j}" for j in range(6)), tuple(range(8)))
+    generator = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "candidates") as shard:
+        cells = grid.keys(np.ones(grid.shape, bool))
+        texts = [" ".join("abcdefgh"[i] for i in generator.integers(0, 8, 6)) for _ in range(grid.size)]
+        shard.write(
+            [candidate_record(Candidate(*key, text, None, True)) for key, text in zip(cells, texts, strict=True)]
+        )
+    store = CandidateStore(grid, tmp_path / "candidates")
+    prompts = {name: Prompt(name, "q") for name in grid.prompts}
+    label([RewardConfig("self_bleu_diversity")], store, prompts, tmp_path)
+    found = read_labels(tmp_path / "self_bleu_diversity", "self_bleu_diversity", store)
+    leaky = cross_fitted_gain(robust_scale(found.scores).values, one(40), 8.0).cross_fitted
+    assert leaky is not None
+    assert leaky.low > 0.1
+    summary = select(store, {"d": found}, {"d": 1.0}, one(40), SelectConfig(shrinkage=8.0), tmp_path / "selected")
+    gain = summary["gain"]["by_prompt"]["cross_fitted"]
+    assert gain["low"] <= 0 <= gain["high"]
+    assert summary["gain"]["left_out"] == []
+
+
+def test_a_labeller_without_labels_of_halves_is_left_out_of_the_gain(store: CandidateStore, tmp_path: Path):
+    found = drawn()
+    judged = Labels(found["quality"].scores, found["quality"].seen, np.full(GRID.shape, NAN))
+    summary = select(store, {**found, "quality": judged}, WEIGHTS, STRATA, SelectConfig(), tmp_path / "selected")
+    assert summary["gain"]["left_out"] == ["quality"]
+    other = select(store, {"verifier": found["verifier"]}, {"verifier": 1.0}, STRATA, SelectConfig(), tmp_path / "own")
+    assert summary["gain"]["by_prompt"] == other["gain"]["by_prompt"]
+
+
+def test_a_short_right_answer_is_ranked_before_long_wrong_ones(tmp_path: Path):
+    grid = Grid(("p",), ("greedy", "hot"), (0, 1))
+    texts = ["12", "It is 12", "I think it is 13", "It must be 15 or 14"]
+    with ShardWriter(tmp_path / "candidates") as shard:
+        cells = zip(grid.keys(np.ones(grid.shape, bool)), texts, strict=True)
+        shard.write([candidate_record(Candidate(*key, text, None, True)) for key, text in cells])
+    store = CandidateStore(grid, tmp_path / "candidates")
+    rewards = [RewardConfig("numeric_answer"), RewardConfig("repetition_rate", weight=-0.1)]
+    label(rewards, store, {"p": Prompt("p", "What is 5 + 7?", {"answer": "12"})}, tmp_path)
+    found = {reward.function: read_labels(tmp_path / reward.function, reward.function, store) for reward in rewards}
+    weights = {reward.function: reward.weight for reward in rewards}
+    select(store, found, weights, ["all"], SelectConfig(top_k=4), tmp_path / "selected")
+    records = lines(tmp_path / "selected" / "selected.jsonl")
+    assert {record["completion"] for record in records[:2]} == {"12", "It is 12"}
+    assert lines(tmp_path / "selected" / "targets.jsonl")[0]["best"] == "greedy"
