@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}. Mend it, and the same command continues from what is done", file=sys.stderr)
+        folder = getattr(options, "run", Path.cwd())
+        advice = f"Free some space on the disk of {folder}" if error.errno == errno.ENOSPC else "Mend it"
+        print(f"error: {error}. {advice}, and the same command continues from what is done", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from what is done", file=sys.stderr)

@@ -228,11 +228,24 @@ def _labellers_table(summary: Row, counts: Mapping[str, Mapping[str, int]]) -> s
                 str(row["masked"]),
                 html.escape(", ".join(f"{count} {event}" for event, count in events.items())) or "none",
                 f"{quantiles['0.05']:.3g}, {quantiles['0.5']:.3g}, {quantiles['0.95']:.3g}",
+                "" if row.get("stderr") is None else f"±{row['stderr']:.2g}",
                 f"{row['scale']['centre']:.3g}, {row['scale']['scale']:.3g} ({_SCALES[row['scale']['how']]})",
             ]
         )
-    header = ["labeller", "weight", "scored", "masked", "events", "5 %, median, 95 %", "normalised by"]
-    return table(header, rows)
+    header = ["labeller", "weight", "scored", "masked", "events", "5 %, median, 95 %", "uncertainty", "normalised by"]
+    return table(header, rows) + "".join(_position_bias(name, counts.get(name, {})) for name in summary["labellers"])
+
+
+def _position_bias(name: str, counts: Mapping[str, int]) -> str:
+    """Of a labeller that asks a judge which of two answers is better."""
+    found = {event.rpartition("/")[2]: count for event, count in counts.items()}
+    valid = found.get("answers", 0) - found.get("neither", 0)
+    if valid <= 0 or "first_preferred" not in found:
+        return ""
+    return (
+        f"<p class='note'>{html.escape(name)} took the first of two answers in {found['first_preferred'] / valid:.0%} "
+        f"of {valid} valid answers (50 %: no position bias).</p>"
+    )
 
 
 def _masked_table(summary: Row) -> str:

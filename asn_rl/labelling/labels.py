@@ -215,6 +215,8 @@ class Labels:
     apart: np.ndarray
     """(P, A, S) scores where no candidate was compared with one of the other half of the seeds (even and odd ones);
     NaN: masked, or not known"""
+    stderr: float | None = None
+    """mean standard deviation of the scores; None: the labeller does not know it"""
     stale: int = 0
     """cells with labels of texts that were replaced since: they count as not labelled"""
 
@@ -228,6 +230,7 @@ def read_labels(folder: Path, name: str, store: CandidateStore) -> Labels:
     shape = store.grid.shape
     scores, apart = np.full(shape, np.nan), np.full(shape, np.nan)
     seen, stale = np.zeros(shape, bool), np.zeros(shape, bool)
+    stderrs = []
     for where, record in read_records(folder, LABEL):
         if record.get("labeller") != name:
             raise InvalidValue(f"{where}: labeller", record.get("labeller"), f"{name!r}", "the record is misplaced")
@@ -237,7 +240,9 @@ def read_labels(folder: Path, name: str, store: CandidateStore) -> Labels:
             stale[cell] = True
             continue
         value = as_score(record, where)
+        if "stderr" in record:
+            stderrs.append(as_score(record, where, "stderr"))
         alone = as_score(record, where, APART) if APART in record else value
         scores[cell], seen[cell] = np.nan if value is None else value, True
         apart[cell] = np.nan if alone is None else alone
-    return Labels(scores, seen, apart, int((stale & ~seen).sum()))
+    return Labels(scores, seen, apart, float(np.mean(stderrs)) if stderrs else None, int((stale & ~seen).sum()))

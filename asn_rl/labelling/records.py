@@ -11,13 +11,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from asn_rl.errors import DataError
 from asn_rl.files import write_whole
+from asn_rl.rewards.contract import Estimate
 from asn_rl.runs import console
 from asn_rl.types import Candidate, Key, Prompt
 
@@ -87,8 +88,10 @@ def read_file(path: Path, schema: str) -> Iterator[tuple[str, Record]]:
     return ((where, record) for where, _, record in read_located(path, schema))
 
 
-def read_located(path: Path, schema: str) -> Iterator[tuple[str, int, Record]]:
-    """(where, byte offset, record) of every line of one file; see `read_records`."""
+def read_located(
+    path: Path, schema: str, on_torn: Callable[[], object] = lambda: None
+) -> Iterator[tuple[str, int, Record]]:
+    """(where, byte offset, record) of every line of one file; see `read_records`. A torn last line is also told."""
     offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -98,6 +101,7 @@ def read_located(path: Path, schema: str) -> Iterator[tuple[str, int, Record]]:
             except ValueError as error:
                 if not line.endswith(b"\n"):
                     console.print(f"[yellow]warning:[/] dropped a torn last line of {path}", highlight=False)
+                    on_torn()
                     return
                 raise DataError(f"{where} is not JSON: {error}. Mend or remove that line") from error
             found = record.get("schema") if isinstance(record, dict) else None
@@ -162,12 +166,14 @@ def digest(candidate: Candidate) -> int:
 
 
 def label_record(candidate: Candidate, labeller: str, score: float | None, reason: str | None = None) -> Record:
-    """A score of one candidate; None: masked, for a `reason`. `digest` says of which text."""
+    """A score of one candidate; None: masked, for a `reason`. `digest` says of which text, `stderr` how uncertain the
+    score is, where the labeller knows."""
     prompt_id, heuristic, seed = candidate.key
     record = {
         "schema": LABEL, "prompt_id": prompt_id, "heuristic": heuristic, "seed": seed,
         "digest": f"{digest(candidate):016x}", "labeller": labeller, "score": score,
     }  # fmt: skip
+    record |= {"stderr": score.stderr} if isinstance(score, Estimate) else {}
     return record if reason is None else record | {"reason": reason}
 
 

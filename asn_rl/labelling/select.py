@@ -166,7 +166,9 @@ def select(
             "none_kept": sum(not cells for cells in tops),
             "rated_by_stratum_only": int(np.isnan(comparable).all((1, 2)).sum()),
         },
-        "labellers": {name: _labeller_summary(raw[name], scaled[name], store) for name in raw},
+        "labellers": {
+            name: _labeller_summary(part, scaled[name], store, labels[name].stderr) for name, part in raw.items()
+        },
         "correlations": _correlations(raw),
         "heuristics": _heuristic_summary(store, comparable, lacks, best, strata),
         "gain": _gain_summary(store, labels, weights, strata, config),
@@ -274,7 +276,7 @@ def _examples(
     return chosen
 
 
-def _labeller_summary(raw: np.ndarray, scaled: Scaled, store: CandidateStore) -> dict[str, Any]:
+def _labeller_summary(raw: np.ndarray, scaled: Scaled, store: CandidateStore, stderr: float | None) -> dict[str, Any]:
     known = raw[~np.isnan(raw)]
     counts, edges = np.histogram(known, BINS)
     masked = store.present & np.isnan(raw)
@@ -282,6 +284,7 @@ def _labeller_summary(raw: np.ndarray, scaled: Scaled, store: CandidateStore) ->
         "scored": known.size,
         "masked": int(masked.sum()),
         "masked_by_heuristic": dict(zip(store.grid.heuristics, masked.sum((0, 2)).tolist(), strict=True)),
+        "stderr": stderr,
         "scale": {"how": scaled.how, "centre": scaled.centre, "scale": scaled.scale},
         "quantiles": dict(zip(map(str, QUANTILES), np.quantile(known, QUANTILES).tolist(), strict=True)),
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},

@@ -36,6 +36,8 @@ class CandidateStore:
     """(P, A, S) uint64; equal where text, tokens and way of ending are equal"""
     copies: int = 0
     """records that repeat a cell with the same text"""
+    torn: int = 0
+    """last lines of shards that a crash left torn: they count as not there"""
     conflicts: list[str] = field(default_factory=list)
     """cells with two different texts, in words"""
 
@@ -49,7 +51,7 @@ class CandidateStore:
 
     def _scan(self, path: Path) -> None:
         self.files.append(path)
-        for where, offset, record in read_located(path, CANDIDATE):
+        for where, offset, record in read_located(path, CANDIDATE, self._count_torn):
             candidate = as_candidate(record, where)
             cell = self.grid.index(candidate.key, where)
             found = np.uint64(digest(candidate))
@@ -60,7 +62,12 @@ class CandidateStore:
                 self.copies += 1
             else:
                 first = self.files[self.file[cell]]
-                self.conflicts.append(f"{where}: cell {candidate.key} has another text in {first}; remove one of them")
+                self.conflicts.append(
+                    f"{where}: cell {candidate.key} has another text or other tokens in {first}; remove one of them"
+                )
+
+    def _count_torn(self) -> None:
+        self.torn += 1
 
     @property
     def present(self) -> np.ndarray:

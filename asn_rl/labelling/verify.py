@@ -27,6 +27,8 @@ class Verification:
     """blank completions"""
     truncated: int
     """completions cut off by the token limit"""
+    torn: int
+    """last lines that a crash left torn, and that were dropped"""
 
     @property
     def ok(self) -> bool:
@@ -36,7 +38,7 @@ class Verification:
     def lines(self) -> Iterator[str]:
         """The findings as text."""
         yield f"{self.present} of {self.cells} cells present, {self.empty} blank, {self.truncated} cut off, " + (
-            f"{self.copies} repeated records"
+            f"{self.copies} repeated records" + (f", {self.torn} torn lines dropped" if self.torn else "")
         )
         for what, items in (("missing", self.missing), ("conflict", self.conflicts)):
             for item in items[:SHOWN]:
@@ -56,6 +58,7 @@ def verify(store: CandidateStore) -> Verification:
         copies=store.copies,
         empty=int(store.empty.sum()),
         truncated=int(store.truncated.sum()),
+        torn=store.torn,
     )
 
 

@@ -7,12 +7,27 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from asn_rl.errors import RewardError, UnknownName
 from asn_rl.registry import load_attribute
 
 CALL_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+class Estimate(float):
+    """A score that knows its uncertainty: a reward function may return it in the place of a float."""
+
+    stderr: float
+    """standard deviation of the score, in its own unit"""
+
+    def __new__(cls, value: float, stderr: float) -> Self:
+        made = super().__new__(cls, value)
+        made.stderr = stderr
+        return made
+
+    def __getnewargs__(self) -> tuple[float, float]:
+        return float(self), self.stderr
 
 
 def load_function(target: str, arguments: Mapping[str, Any]) -> partial[Any]:
@@ -48,7 +63,7 @@ def check_signature(name: str, function: Callable[..., Any], arguments: Mapping[
 
 
 def checked_scores(name: str, scores: Any, count: int) -> list[float | None]:
-    """What a reward function returned, as floats; None stays None.
+    """What a reward function returned, as floats (`Estimate`s stay what they are); None stays None.
 
     Raises:
         RewardError: not a list, not `count` values, or a value that is neither a finite number nor None.
@@ -73,4 +88,4 @@ def _checked_score(name: str, i: int, score: Any) -> float | None:
             f"reward {name!r} must return finite numbers, got {float(score)} for completion {i}; return None where it "
             "does not apply"
         )
-    return float(score)
+    return score if isinstance(score, Estimate) else float(score)

@@ -16,6 +16,7 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue
 from asn_rl.ops.pairwise import bradley_terry, swiss_pairs, swiss_rounds
+from asn_rl.rewards.contract import Estimate
 from asn_rl.rewards.inputs import group_keys
 from asn_rl.rewards.letter_judge import Comparison, Judge, first_preferred, letter_judge, one_question
 
@@ -58,13 +59,13 @@ def pairwise_judge(
 ) -> list[float | None]:
     """Bradley-Terry strength of each completion among those of its prompt, judged in pairs by a causal language model.
 
-    Strengths are relative: comparable within a prompt, not between prompts. Equal texts share one player. None for a
-    completion without a valid comparison (alone, or all its answers void).
+    Strengths are relative: comparable within a prompt, not between prompts. Equal texts share one player. Each is an
+    `Estimate` with its standard deviation. None for a completion without a valid comparison (alone, or all its answers
+    void).
 
     A tournament is among equal cells of the column `prompt_id`, else equal prompts: candidates of all heuristics meet.
     `pairwise_judge.counts` has `answers`, `first_preferred` and `neither` (see `TournamentResult`), `too_long` (of
-    those void, the ones beyond the judge's context) and `uncompared` completions. `tournaments` gives uncertainties
-    and the exact bias.
+    those void, the ones beyond the judge's context) and `uncompared` completions. `tournaments` gives the exact bias.
 
     Args:
         model: embedded short name, hub id or folder of a causal language model.
@@ -93,8 +94,9 @@ def pairwise_judge(
         COUNTS[event] += sum(getattr(result, event) for result in results)
     scores: list[float | None] = [None] * len(keys)
     for rows, result in zip(members.values(), results, strict=True):
-        for i, strength, compared in zip(rows, result.strength.tolist(), result.comparisons.tolist(), strict=True):
-            scores[i] = strength if compared else None
+        said = zip(rows, result.strength.tolist(), result.stderr.tolist(), result.comparisons.tolist(), strict=True)
+        for i, strength, stderr, compared in said:
+            scores[i] = Estimate(strength, stderr) if compared else None
     COUNTS["uncompared"] += sum(score is None for score in scores)
     return scores
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asn_rl.backends.toy import ToyBackend
+from asn_rl.rewards.contract import Estimate
 
 TOY = ToyBackend.random(vocab=32, seed=0)
 
@@ -49,6 +50,11 @@ def crash_on(prompts: list[str], completions: list[str], *, prompt: str, **colum
     if prompt in prompts:
         raise ZeroDivisionError(prompt)
     return [1.0] * len(completions)
+
+
+def guessed(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
+    """Characters, give or take two."""
+    return [Estimate(len(text), 2.0) for text in completions]
 
 
 def hang_on(prompts: list[str], completions: list[str], *, prompt: str, **columns: Any) -> list[float | None]:

@@ -178,11 +178,12 @@ def test_verify_tells_by_its_status_and_mends_what_is_missing(folder: Path, asn_
     found = asn_rl(*job("verify"))
     assert found.status == 1
     assert found.stdout.count("missing: prompt") == 2
+    assert "1 torn lines dropped" in found.stdout
     assert asn_rl(*job("verify"), "--fix").status == 0
     assert len(list(shard.parent.glob("shard-*.jsonl"))) == 2
     record = json.loads(lines[0]) | {"completion": "another"}
     (shard.parent / "shard-00002.jsonl").write_text(json.dumps(record) + "\n")
-    assert "has another text" in asn_rl(*job("verify")).stdout
+    assert "has another text or other tokens in" in asn_rl(*job("verify")).stdout
     refused = asn_rl(*job("label"))
     assert refused.status == 2
     assert "Remove the wrong lines" in refused.stderr
@@ -282,7 +283,7 @@ def test_a_full_disk_ends_with_advice(asn_rl: Command, folder: Path, monkeypatch
     done = asn_rl(*job("reinforce"))
     assert done.status == 2
     assert "No space left on device: 'run/rollouts/step-000001.jsonl'" in done.stderr
-    assert "the same command continues" in done.stderr
+    assert "Free some space on the disk of run, and the same command continues" in done.stderr
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert asn_rl(*job("reinforce")).status == 0

@@ -402,6 +402,14 @@ def test_a_labeller_that_hangs_on_one_prompt_masks_that_one_only(whole: Candidat
     assert counts[f"{config.function}/timeout"] == 3  # all four prompts, two, one
 
 
+@pytest.mark.parametrize("isolation", ["inline", "process"])
+def test_a_score_may_know_its_uncertainty(whole: CandidateStore, tmp_path: Path, isolation: Any) -> None:
+    label([RewardConfig("toy_rewards:guessed", isolation=isolation)], whole, BY_ID, tmp_path)
+    place = tmp_path / folder_name("toy_rewards:guessed")
+    assert {record["stderr"] for _, record in read_records(place, LABEL)} == {2.0}
+    assert read_labels(place, "toy_rewards:guessed", whole).stderr == 2.0
+
+
 def test_halves_of_the_seeds_are_compared_by_themselves(whole: CandidateStore, tmp_path: Path) -> None:
     rewards = [RewardConfig("distinct_ngrams", arguments={"n": 1})]
     label(rewards, whole, BY_ID, tmp_path)

@@ -95,13 +95,18 @@ def test_failed_and_masked_scores_are_shown(run: Path, tmp_path: Path):
     place = run / "labels" / "train" / "length_budget"
     (place / "counts.json").write_text('{"length_budget/masked": 3, "length_budget/timeout": 2}')
     assert "<td>2 timeout</td>" in write_labelling_report(run).read_text()
+    asked = '{"length_budget/answers": 50, "length_budget/neither": 10, "length_budget/first_preferred": 30}'
+    (place / "counts.json").write_text(asked)
+    page = write_labelling_report(run).read_text()
+    assert "length_budget took the first of two answers in 75% of 40 valid answers (50 %: no position bias)" in page
     store = CandidateStore(GRID, run / "candidates" / "train")
     scores = np.random.default_rng(0).normal(size=GRID.shape)
     scores[:5, 1] = math.nan
-    found = {"numeric_answer": Labels(scores, np.ones(GRID.shape, bool), scores)}
+    found = {"numeric_answer": Labels(scores, np.ones(GRID.shape, bool), scores, stderr=0.25)}
     select(store, found, {"numeric_answer": 1.0}, STRATA, SelectConfig(), run / "selected")
     page = write_labelling_report(run).read_text()
     assert "<tr><td>hot</td><td>20</td></tr>" in page
+    assert "<td>±0.25</td>" in page
     assert "20 candidates have no label at all" in page
 
 
