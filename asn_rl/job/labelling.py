@@ -173,9 +173,8 @@ def _headroom(
     rewards = rewards_of(
         job, "train", candidates, {name: replace(part, scores=part.apart) for name, part in labels.items()}
     )
-    first, second = (~np.isnan(rewards[..., half::2]).all(axis=(1, 2)) for half in range(2))
-    known = (first & second).tolist()
-    if not set(strata) <= {label for label, there in zip(strata, known, strict=True) if there}:
+    first, second = (masked_mean(masked_mean(rewards[..., half::2])) for half in range(2))  # (P,) each
+    if not set(strata) <= {label for label, mean in zip(strata, first + second, strict=True) if not np.isnan(mean)}:
         return None
     oracle, static = split_half_oracle(rewards.swapaxes(0, 1), strata)
     return {"oracle": oracle, "static": static}

@@ -26,8 +26,8 @@ class Estimate(float):
         made.stderr = stderr
         return made
 
-    def __getnewargs__(self) -> tuple[float, float]:
-        return float(self), self.stderr
+    def __reduce__(self) -> tuple[type[Estimate], tuple[float, float]]:
+        return Estimate, (float(self), self.stderr)
 
 
 def load_function(target: str, arguments: Mapping[str, Any]) -> partial[Any]:
