@@ -1,6 +1,6 @@
 """The labelling pipeline in one go: generate -> verify -> label -> select -> distil -> GRPO -> compare.
 
-    python scripts/label.py                                     # embedded model, about 12 minutes on 2 CPU cores
+    python scripts/label.py                                     # embedded model, about 11 minutes on 2 CPU cores
     python scripts/label.py --config configs/pipeline-3b.yaml --run runs/3b     # a 3B model on a GPU node
     python scripts/label.py generate.num_generations=4          # any setting of the configuration
 
