@@ -122,12 +122,7 @@ def _checked_completion(backend: LogitsBackend, prompt: Prompt, ids: Sequence[in
             f"a completion of prompt {prompt.id!r} has {len(ids)} tokens; it must have between 1 and "
             f"max_new_tokens={config.max_new_tokens}"
         )
-    unknown = [token for token in ids if not 0 <= token < backend.vocab_size]
-    if unknown:
-        raise DataError(
-            f"token {unknown[0]} in a completion of prompt {prompt.id!r} is outside the base model's vocabulary of "
-            f"{backend.vocab_size}; was it sampled from another model or tokenizer?"
-        )
+    _check_vocabulary(backend, ids, f"a completion of prompt {prompt.id!r}", "sampled from another model or tokenizer")
     return list(ids)
 
 
@@ -138,13 +133,17 @@ def _checked_prompt(backend: LogitsBackend, prompt: Prompt, ids: Sequence[int], 
             f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={config.max_new_tokens} it must have "
             f"between 1 and {room}, so that prompt and completion fit into the base model's context"
         )
-    unknown = [token for token in ids if not 0 <= token < backend.vocab_size]
-    if unknown:
-        raise DataError(
-            f"token {unknown[0]} in prompt {prompt.id!r} is outside the base model's vocabulary of "
-            f"{backend.vocab_size}; was it encoded by another tokenizer?"
-        )
+    _check_vocabulary(backend, ids, f"prompt {prompt.id!r}", "encoded by another tokenizer")
     return list(ids)
+
+
+def _check_vocabulary(backend: LogitsBackend, ids: Sequence[int], where: str, guess: str) -> None:
+    unknown = next((token for token in ids if not 0 <= token < backend.vocab_size), None)
+    if unknown is not None:
+        raise DataError(
+            f"token {unknown} in {where} is outside the base model's vocabulary of {backend.vocab_size}; was it "
+            f"{guess}?"
+        )
 
 
 def _replay_one(

@@ -25,7 +25,7 @@ from asn_rl.labelling.records import (
 from asn_rl.labelling.store import CandidateStore, Location, read_candidates
 from asn_rl.rewards.compose import RawScores, RewardConfig, RewardSuite, unique_names
 from asn_rl.runs import console, progress, write_json
-from asn_rl.types import Candidate, Prompt
+from asn_rl.types import Candidate, Key, Prompt
 
 CHUNK = 256
 """candidates handed to a labeller at a time, at least; always whole prompts"""
@@ -55,29 +55,30 @@ def label_chunk(suite: RewardSuite, name: str, chunk: Chunk) -> tuple[list[Recor
     candidates = [candidate for part in rows for _, candidate in part]
     said = zip(candidates, values, reasons, strict=True)
     records = [label_record(candidate, name, value, reason) for candidate, value, reason in said]
-    if suite.compares is not None:
-        apart = _scores_apart(suite, rows) if suite.compares == "group" else [None] * len(records)
+    among = suite.configs[0].compares
+    if among is not None:
+        apart = _scores_apart(suite, rows) if among == "group" else [None] * len(records)
         records = [record | {APART: value} for record, value in zip(records, apart, strict=True)]
     return records, counts
 
 
 def _scores_apart(suite: RewardSuite, rows: Sequence[Rows]) -> list[float | None]:
     """Scores of a labeller that compares candidates when each is compared with its own half of the seeds only."""
-    found: dict[int, float | None] = {}
+    found: dict[Key, float | None] = {}
     for half in range(2):
         parts = [[(prompt, c) for prompt, c in part if c.seed % 2 == half] for part in rows]
         values, _, _ = _scores(suite, [part for part in parts if part])
         members = [candidate for part in parts for _, candidate in part]
-        found |= {id(candidate): value for candidate, value in zip(members, values, strict=True)}
-    return [found[id(candidate)] for part in rows for _, candidate in part]
+        found |= {candidate.key: value for candidate, value in zip(members, values, strict=True)}
+    return [found[candidate.key] for part in rows for _, candidate in part]
 
 
 def _scores(suite: RewardSuite, rows: Sequence[Rows]) -> tuple[list[float | None], list[str | None], Counter[str]]:
     """Scores of some prompts' candidates, reasons where masked, and counts. A call that fails is made again with half
     of the prompts each, so that a candidate on which the labeller crashes or hangs masks its own prompt and no other;
     after `TIMEOUTS` calls that hung, the rest of those that fail is masked as it is."""
-    values: dict[int, list[float | None]] = {}
-    reasons: dict[int, list[str | None]] = {}
+    values: list[float | None] = []
+    reasons: list[str | None] = []
     counts: Counter[str] = Counter()
     parts, hung = [(0, len(rows))] if rows else [], 0
     while parts:
@@ -90,11 +91,11 @@ def _scores(suite: RewardSuite, rows: Sequence[Rows]) -> tuple[list[float | None
         if failed and high - low > 1 and hung <= TIMEOUTS and all(value is None for value in found):
             counts[f"{name}/masked"] -= raw.counts[f"{name}/masked"]
             middle = (low + high) // 2
-            parts += [(middle, high), (low, middle)]
+            parts += [(middle, high), (low, middle)]  # the left one is next: answers come in order
         else:
-            values[low], reasons[low] = found, why
-    order = sorted(values)
-    return [v for low in order for v in values[low]], [r for low in order for r in reasons[low]], counts
+            values += found
+            reasons += why
+    return values, reasons, counts
 
 
 def _called(suite: RewardSuite, rows: Sequence[Rows]) -> RawScores:
@@ -155,21 +156,15 @@ def label(
         total = len(store.grid.prompts)
         with ShardWriter(place) as shard, progress(f"label {name}", total, total - len(todo)) as advance:
             chunks = _chunks(todo, store, _with_all_columns(prompts))
-            before = Counter(read_counts(place))
+            so_far = Counter(read_counts(place))
             for done, records, events in engine(config, name, chunks) if todo else ():
                 shard.write([record for record in records if _is_news(record, store.grid, unlabelled, masked)])
                 counts.update(events)
-                write_json(place / _COUNTS, _sum(before, counts))
+                so_far.update(events)
+                write_json(place / _COUNTS, so_far)
                 advance(done, f"{counts[f'{config.function}/masked']} masked")
         counted[name] = dict(counts)
     return counted
-
-
-def _sum(a: Counter[str], b: Counter[str]) -> Counter[str]:
-    """Unlike `+`, zeros stay."""
-    total = a.copy()
-    total.update(b)
-    return total
 
 
 def _is_news(record: Record, grid: Grid, unlabelled: np.ndarray, masked: np.ndarray) -> bool:
@@ -230,7 +225,7 @@ def read_labels(folder: Path, name: str, store: CandidateStore) -> Labels:
     shape = store.grid.shape
     scores, apart = np.full(shape, np.nan), np.full(shape, np.nan)
     seen, stale = np.zeros(shape, bool), np.zeros(shape, bool)
-    stderrs = []
+    stderr = np.full(shape, np.nan)
     for where, record in read_records(folder, LABEL):
         if record.get("labeller") != name:
             raise InvalidValue(f"{where}: labeller", record.get("labeller"), f"{name!r}", "the record is misplaced")
@@ -240,9 +235,9 @@ def read_labels(folder: Path, name: str, store: CandidateStore) -> Labels:
             stale[cell] = True
             continue
         value = as_score(record, where)
-        if "stderr" in record:
-            stderrs.append(as_score(record, where, "stderr"))
+        stderr[cell] = as_score(record, where, "stderr") if "stderr" in record else np.nan
         alone = as_score(record, where, APART) if APART in record else value
         scores[cell], seen[cell] = np.nan if value is None else value, True
         apart[cell] = np.nan if alone is None else alone
-    return Labels(scores, seen, apart, float(np.mean(stderrs)) if stderrs else None, int((stale & ~seen).sum()))
+    known = stderr[~np.isnan(stderr)]
+    return Labels(scores, seen, apart, float(known.mean()) if known.size else None, int((stale & ~seen).sum()))

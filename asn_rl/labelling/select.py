@@ -116,11 +116,9 @@ def select(
         DataError: candidates without label, a labeller that masked everything, a stratum without any total.
     """
     _check(store, labels, weights, strata)
-    raw = {name: np.where(store.present, part.scores, np.nan) for name, part in labels.items()}
-    scaled = {name: _scaled(part, config.normalize) for name, part in raw.items()}
+    found = _totals(store, {name: part.scores for name, part in labels.items()}, weights, config.normalize)
+    raw, scaled, total, lacks, comparable = found.raw, found.scaled, found.total, found.lacks, found.comparable
     scores = {name: part.values for name, part in scaled.items()}
-    total, lacks = total_score(scores, weights), lacking(scores, weights)
-    comparable = np.where(lacks == 0, total, np.nan)
     _check_strata(comparable, strata)
     ratings = heuristic_ratings(comparable, strata, config.shrinkage)
     best = best_heuristic(ratings)
@@ -175,6 +173,30 @@ def select(
     }
     write_json(folder / "summary.json", summary)
     return summary
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Scores of all labellers, made one number a candidate; arrays are (P, A, S), NaN where masked."""
+
+    raw: Mapping[str, np.ndarray]
+    scaled: Mapping[str, Scaled]
+    total: np.ndarray
+    lacks: np.ndarray
+
+    @property
+    def comparable(self) -> np.ndarray:
+        """Totals of the candidates that lack no label which a sibling has."""
+        return np.where(self.lacks == 0, self.total, np.nan)
+
+
+def _totals(
+    store: CandidateStore, scores: Mapping[str, np.ndarray], weights: Mapping[str, float], normalize: Normalize
+) -> _Totals:
+    raw = {name: np.where(store.present, part, np.nan) for name, part in scores.items()}
+    scaled = {name: _scaled(part, normalize) for name, part in raw.items()}
+    values = {name: part.values for name, part in scaled.items()}
+    return _Totals(raw, scaled, total_score(values, weights), lacking(values, weights))
 
 
 def selected_lines(picks: Sequence[Pick]) -> str:
@@ -343,10 +365,9 @@ def _gain_summary(
     """
     if store.grid.shape[-1] < 2:
         return None
-    apart = {name: np.where(store.present, part.apart, np.nan) for name, part in labels.items()}
-    scores = {name: _scaled(part, config.normalize).values for name, part in apart.items()}
-    total = np.where(lacking(scores, weights) == 0, total_score(scores, weights), np.nan)
-    left_out = [name for name, part in apart.items() if weights[name] and np.isnan(part).all()]
+    apart = _totals(store, {name: part.apart for name, part in labels.items()}, weights, config.normalize)
+    total = apart.comparable
+    left_out = [name for name, part in apart.raw.items() if weights[name] and np.isnan(part).all()]
     groups = np.asarray(strata)
     found: dict[str, Any] = {"left_out": left_out}
     for what, amount in (("by_prompt", config.shrinkage), ("by_stratum", math.inf)):

@@ -68,6 +68,11 @@ class RewardConfig:
                 "function that hangs in this process cannot be stopped; set that, or time_limit: null"
             )
 
+    @property
+    def compares(self) -> str | None:
+        """Among what the function compares completions; see `asn_rl.protocols.RewardFunction`."""
+        return getattr(REWARDS.resolve(self.function), "compares", None)
+
     def scores_like(self, other: RewardConfig) -> bool:
         """Whether raw scores are the same, be they weighted as they may."""
         return (self.function, self.arguments, self.where) == (other.function, other.arguments, other.where)
@@ -133,11 +138,6 @@ class RewardSuite:
     def configs(self) -> list[RewardConfig]:
         """As given, one a function."""
         return [component.config for component in self._components]
-
-    @property
-    def compares(self) -> str | None:
-        """Among what the first function compares completions; see `asn_rl.protocols.RewardFunction`."""
-        return getattr(REWARDS.resolve(self.configs[0].function), "compares", None)
 
     def __enter__(self) -> Self:
         return self
