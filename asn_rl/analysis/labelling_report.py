@@ -17,6 +17,7 @@ from asn_rl.evaluation.verdict import BETTER, NO_CLAIM, verdict
 from asn_rl.labelling.labels import read_counts
 from asn_rl.labelling.records import folder_name, read_file, read_prompts
 from asn_rl.labelling.select import SELECTED
+from asn_rl.rewards.letter_judge import position_share
 
 SHOWN = 20
 """heuristics in figures, those with the largest lead; tables have all"""
@@ -239,12 +240,13 @@ def _labellers_table(summary: Row, counts: Mapping[str, Mapping[str, int]]) -> s
 def _position_bias(name: str, counts: Mapping[str, int]) -> str:
     """Of a labeller that asks a judge which of two answers is better."""
     found = {event.rpartition("/")[2]: count for event, count in counts.items()}
-    valid = found.get("answers", 0) - found.get("neither", 0)
-    if valid <= 0 or "first_preferred" not in found:
+    share = position_share(found)
+    if share is None:
         return ""
+    first, valid = share
     return (
-        f"<p class='note'>{html.escape(name)} took the first of two answers in {found['first_preferred'] / valid:.0%} "
-        f"of {valid} valid answers (50 %: no position bias).</p>"
+        f"<p class='note'>{html.escape(name)} took the first of two answers in {first:.0%} of {valid} valid answers "
+        "(50 %: no position bias).</p>"
     )
 
 

@@ -33,6 +33,7 @@ from asn_rl.job.benchmark_runs import (
 )
 from asn_rl.job.job import Job
 from asn_rl.rewards.compose import unique_names
+from asn_rl.rewards.letter_judge import position_share
 from asn_rl.runs import console, write_json
 from asn_rl.training import parallel
 from asn_rl.types import Prompt
@@ -226,10 +227,10 @@ def _notes(scored: Scored, arms: Sequence[Arm], decisions: Mapping[str, StopDeci
 def _position_bias(events: Mapping[str, int]) -> str | None:
     """Of a judge that counts as `judge_win` does; None: it gave no valid answer, or does not count."""
     found = {name.rpartition(": ")[2]: count for name, count in events.items() if name.startswith(JUDGED)}
-    valid, pairs = found.get("answers", 0) - found.get("neither", 0), found.get("pairs", 0)
-    if not (valid and pairs):
+    share, pairs = position_share({"first_preferred": 0} | found), found.get("pairs", 0)
+    if share is None or not pairs:
         return None
-    first, disagreed = found.get("first_preferred", 0) / valid, found.get("disagreed", 0) / pairs
+    (first, valid), disagreed = share, found.get("disagreed", 0) / pairs
     return (
         f"the judge took the first of two answers in {first:.0%} of {valid} (50 %: no position bias); the two orders "
         f"of a pair contradicted each other in {disagreed:.0%} of {pairs} pairs, which are ties"

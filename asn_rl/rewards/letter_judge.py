@@ -63,6 +63,13 @@ def first_preferred(comparisons: Sequence[Comparison], judge: Judge, minimum_sha
     return np.where(valid, answers[:, 0] / np.where(valid, share, 1.0), np.nan)
 
 
+def position_share(counts: Mapping[str, int]) -> tuple[float, int] | None:
+    """Share of the valid answers that took the first of two, and their number, from what a labeller that judges pairs
+    counted; None: it gave no valid answer, or does not count."""
+    valid = counts.get("answers", 0) - counts.get("neither", 0)
+    return (counts["first_preferred"] / valid, valid) if valid > 0 and "first_preferred" in counts else None
+
+
 def _checked(answers: np.ndarray, count: int) -> np.ndarray:
     answers = np.asarray(answers, dtype=np.float64)
     if answers.shape != (count, 2) or not ((answers >= 0) & (answers <= 1)).all() or (answers.sum(1) > 1 + 1e-6).any():
