@@ -29,6 +29,12 @@ _SCALES = {
     "constant": "constant: says nothing",
     "none": "raw",
 }
+MEASURES = {
+    "self_bleu": "Self-BLEU (nltk's method1 smoothing, words): lower is more different.",
+    "distinct_1": "Distinct n-grams of words over all n-grams.",
+    "vendi": "Vendi score: the effective number of different meanings.",
+    "embedding_entropy": "Embedding entropy: its logarithm, nats.",
+}
 Row = Mapping[str, Any]
 
 
@@ -93,6 +99,7 @@ def _page(
         "other half, and the other way round. Naive: chosen and scored on the same seeds; what it promises beyond the "
         "cross-fitted figure is the winner's curse.</p>",
         _gain_table(summary),
+        *_diversity(summary),
         "<h2>Labellers</h2>",
         _histograms(summary),
         _labellers_table(summary, counts),
@@ -196,6 +203,23 @@ def _gain_table(summary: Row) -> str:
     note = f"<p>Left out, because its scores compare candidates of all seeds: {said}.</p>" if said else ""
     header = ["", "by prompt, cross-fitted", "by prompt, naive", "by stratum, cross-fitted", "by stratum, naive"]
     return table(header, rows) + note
+
+
+def _diversity(summary: Row) -> list[str]:
+    found = summary["diversity"]
+    if not found["prompts"]:
+        return []
+    measures = list(next(iter(found["heuristics"].values())))
+    said = " ".join(filter(None, map(MEASURES.get, measures)))
+    rows = [
+        [html.escape(name), *(_interval(found["heuristics"][name][measure], signed=False) for measure in measures)]
+        for name in _by_lead(summary)
+    ]
+    return [
+        "<h2>How different a heuristic's completions are</h2>",
+        f"<p class='note'>Of one prompt, on {found['prompts']} prompts. {said}</p>",
+        table(["heuristic", *(measure.replace("_", " ") for measure in measures)], rows),
+    ]
 
 
 def _histograms(summary: Row) -> str:

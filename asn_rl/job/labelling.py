@@ -26,6 +26,7 @@ from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.labelling.verify import Verification
 from asn_rl.labelling.verify import verify as verified
 from asn_rl.rewards.compose import RewardConfig, combined, unique_names
+from asn_rl.rewards.embedding_diversity import load_encoder
 from asn_rl.runs import write_json
 from asn_rl.training import parallel
 from asn_rl.training.reward_model import RewardModelReport, train_reward_model
@@ -42,6 +43,8 @@ def prompts(job: Job) -> dict[str, list[Prompt]]:
         for part in found.values():
             job.strata(part)  # a missing column, and below missing rewards, show before hours of generation
         assert job.scorers
+        if job.config.select.encoder:
+            load_encoder(job.config.select.encoder)
         write_prompts(path, found)
     return read_prompts(path)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -15,6 +16,7 @@ import numpy as np
 from asn_rl.config import to_dict
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName, check_at_least, check_positive
 from asn_rl.evaluation.statistics import Interval, as_plain, masked_mean
+from asn_rl.labelling.diversity import heuristic_diversity
 from asn_rl.labelling.labels import Labels
 from asn_rl.labelling.rating import (
     Cell,
@@ -64,13 +66,18 @@ class SelectConfig:
     """best: all weight on the heuristic with the highest rating on the prompt; soft: softmax of the ratings"""
     temperature: float = 0.1
     """temperature of the soft target over heuristics, in units of the normalised score"""
+    diversity_prompts: int = 32
+    """prompts on which the report measures how different the completions of each heuristic are; 0: none"""
+    encoder: str = ""
+    """sentence encoder of the report's Vendi score and embedding entropy, as `vendi_diversity` takes it; empty: words
+    alone are compared"""
 
     def __post_init__(self) -> None:
         if self.normalize not in get_args(Normalize):
             raise InvalidValue("normalize", self.normalize, "robust or none")
         if self.target not in get_args(Target):
             raise InvalidValue("target", self.target, "best or soft")
-        check_at_least(self, 0, "shrinkage")
+        check_at_least(self, 0, "shrinkage", "diversity_prompts")
         check_at_least(self, 1, "top_k")
         check_positive(self, "temperature")
 
@@ -169,6 +176,7 @@ def select(
         },
         "correlations": _correlations(raw),
         "heuristics": _heuristic_summary(store, comparable, lacks, best, strata),
+        "diversity": _diversity_summary(store, strata, config),
         "gain": _gain_summary(store, labels, weights, strata, config),
     }
     write_json(folder / "summary.json", summary)
@@ -286,16 +294,26 @@ def _examples(
     total: np.ndarray, lacks: np.ndarray, ratings: np.ndarray, digest: np.ndarray, strata: Sequence[str]
 ) -> list[tuple[int, Cell]]:
     """(rank, cell) of the best and the worst candidate of some prompts, one of each stratum in turn."""
-    labels = np.asarray(strata)
-    several = (~np.isnan(total)).sum((1, 2)) > 1
-    queues = [np.flatnonzero((labels == label) & several).tolist() for label in sorted(set(strata))]
-    turns = [queue[turn] for turn in range(EXAMPLES) for queue in queues if turn < len(queue)][:EXAMPLES]
+    turns = _in_turn(strata, (~np.isnan(total)).sum((1, 2)) > 1, EXAMPLES)
     ranked = top_candidates(total[turns], lacks[turns], ratings[turns], digest[turns], total[0].size)
     chosen = []
     for i, cells in zip(turns, ranked, strict=True):
         ends = [(1, cells[0]), (len(cells), cells[-1])][: len(cells)]
         chosen += [(rank, (i, j, k)) for rank, (_, j, k) in ends]
     return chosen
+
+
+def _in_turn(strata: Sequence[str], eligible: np.ndarray, count: int) -> list[int]:
+    """The first `count` eligible prompts, one of each stratum in turn."""
+    labels = np.asarray(strata)
+    queues = [np.flatnonzero((labels == label) & eligible).tolist() for label in sorted(set(strata))]
+    return [prompt for turn in zip_longest(*queues) for prompt in turn if prompt is not None][:count]
+
+
+def _diversity_summary(store: CandidateStore, strata: Sequence[str], config: SelectConfig) -> dict[str, Any]:
+    chosen = _in_turn(strata, (store.present.sum(-1) > 1).any(-1), config.diversity_prompts)
+    heuristics = heuristic_diversity(store, chosen, strata, config.encoder) if chosen else {}
+    return {"prompts": len(chosen), "heuristics": heuristics}
 
 
 def _labeller_summary(raw: np.ndarray, scaled: Scaled, store: CandidateStore, stderr: float | None) -> dict[str, Any]:

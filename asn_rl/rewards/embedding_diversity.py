@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asn_rl.errors import InvalidValue, RewardError
-from asn_rl.ops.kernels import marginal_vendi, von_neumann_entropy
-from asn_rl.ops.ngrams import distinct_n, self_bleu
+from asn_rl.errors import RewardError
+from asn_rl.ops.kernels import marginal_vendi
 from asn_rl.rewards.inputs import completion_text
 from asn_rl.rewards.lexical_diversity import within_groups
 
@@ -71,33 +70,6 @@ def vendi_diversity(
         return marginal_vendi(cosine_kernel(torch.stack([embeddings[text] for text in group]))).tolist()
 
     return within_groups(contributions, prompts, completions, columns)
-
-
-def group_diversity(texts: Sequence[str], *, model: str = EMBEDDED, device: str = "cpu") -> dict[str, float | None]:
-    """Diversity of a group of texts, for reports.
-
-    `self_bleu`: mean over the texts, in [0, 1], lower is more diverse; None for one text. `distinct_1`, `distinct_2`,
-    `distinct_3`: distinct word n-grams over all, in [0, 1]. `vendi`: effective number of different texts, in [1, n].
-    `embedding_entropy`: its logarithm, nats. Words are what whitespace separates. Nothing is left out: a text without
-    words has self-BLEU 0, and an embedding like any other.
-
-    Args:
-        model, device: as in `vendi_diversity`.
-
-    Raises:
-        InvalidValue: no texts.
-        RewardError: the encoder is not installed or cannot be loaded.
-    """
-    if not texts:
-        raise InvalidValue("number of texts", 0, ">= 1")
-    words = [text.split() for text in texts]
-    entropy = von_neumann_entropy(cosine_kernel(embed(texts, load_encoder(model, device))))
-    return {
-        "self_bleu": sum(self_bleu(words)) / len(words) if len(words) > 1 else None,
-        **{f"distinct_{n}": distinct_n(words, n) for n in (1, 2, 3)},
-        "vendi": float(entropy.exp()),
-        "embedding_entropy": float(entropy),
-    }
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.evaluation.metrics import METRICS, available, measure, parse_name
 from asn_rl.evaluation.samples import Samples
 from asn_rl.evaluation.voting import vote_at_k, vote_credit
+from asn_rl.ops.kernels import vendi_score
 from asn_rl.ops.ngrams import distinct_n, self_bleu
-from asn_rl.rewards.embedding_diversity import EMBEDDED, group_diversity
+from asn_rl.rewards.embedding_diversity import EMBEDDED, cosine_kernel, embed, load_encoder
 
 NAN = math.nan
 TEXTS = ["a cat sat", "a cat sat", "two dogs ran home", None]
@@ -119,7 +120,7 @@ def test_diversity_is_that_of_the_existing_functions_on_what_was_generated():
 def test_vendi_is_that_of_the_sentence_encoder():
     texts = [[TEXTS, ["one", "one", None, None]], [[None] * 4, TEXTS]]
     samples = Samples(("a", "b"), ("s",) * 2, np.zeros((2, 2, 4)), texts=texts, encoder=EMBEDDED)
-    group = group_diversity([text for text in TEXTS if text is not None])["vendi"]
+    group = vendi_score(cosine_kernel(embed([text for text in TEXTS if text is not None], load_encoder())))
     np.testing.assert_allclose(measure(samples, "vendi"), [[group, 1.0], [NAN, group]], atol=1e-6)
 
 

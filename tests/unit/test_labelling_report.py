@@ -87,6 +87,9 @@ def test_the_page_holds_what_was_measured(run: Path):
     assert "60 candidates were cut off by the token limit" in page
     assert "asn-rl select --config a.yaml" in page
     assert page.count("<mark>") >= 2, "the winner of each stratum is marked"
+    assert "Of one prompt, on 20 prompts. Self-BLEU" in page
+    assert "<th>self bleu</th><th>distinct 1</th>" in page
+    assert "Vendi" not in page, "no encoder was asked for"
     rows = re.findall(r"<tr><td>(cold|hot|top_p=0.9)</td><td>(\d+)</td>", page)
     assert sorted(rows) == [("cold", "10"), ("hot", "10"), ("top_p=0.9", "0")]
 

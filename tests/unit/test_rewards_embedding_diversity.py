@@ -17,14 +17,12 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from asn_rl.errors import InvalidValue, RewardError
 from asn_rl.ops.kernels import marginal_vendi, vendi_score, von_neumann_entropy
-from asn_rl.ops.ngrams import distinct_n, self_bleu
 from asn_rl.rewards import embedding_diversity
 from asn_rl.rewards.embedding_diversity import (
     MAX_WORD_PIECES,
     Encoder,
     cosine_kernel,
     embed,
-    group_diversity,
     is_cut,
     load_encoder,
     vendi_diversity,
@@ -226,37 +224,6 @@ class TestReward:
         counts.clear()
         vendi_diversity(["p"] * 3, [CAT, "word " * 400, "word " * 400])
         assert counts == {"cut": 2}
-
-
-class TestGroupFigures:
-    def test_figures(self, encoder: Encoder) -> None:
-        texts = [CAT, CAT_AGAIN, MARKET]
-        words = [text.split() for text in texts]
-        figures = group_diversity(texts)
-        shares = np.linalg.eigvalsh(cosine_kernel(embed(texts, encoder)) / 3).tolist()
-        assert figures == {
-            "self_bleu": pytest.approx(np.mean(self_bleu(words))),
-            "distinct_1": distinct_n(words, 1),
-            "distinct_2": distinct_n(words, 2),
-            "distinct_3": distinct_n(words, 3),
-            "vendi": pytest.approx(math.exp(entropy(shares))),
-            "embedding_entropy": pytest.approx(entropy(shares)),
-        }
-        assert 1.9 < (figures["vendi"] or 0) < 2.5, "two cats and a market"
-
-    def test_identical_texts(self) -> None:
-        figures = group_diversity(["one two three four five"] * 8)
-        assert (figures["self_bleu"], figures["vendi"], figures["embedding_entropy"]) == (1.0, 1.0, 0.0)
-        assert figures["distinct_2"] == 1 / 8
-
-    def test_one_text_has_no_self_bleu(self) -> None:
-        figures = group_diversity([CAT])
-        assert figures["self_bleu"] is None
-        assert (figures["vendi"], figures["embedding_entropy"]) == (1.0, 0.0)
-
-    def test_no_texts(self) -> None:
-        with pytest.raises(InvalidValue, match="number of texts must be >= 1, got 0"):
-            group_diversity([])
 
 
 def special_tokens() -> TemplateProcessing:
