@@ -25,6 +25,9 @@ from asn_rl.errors import AsnError, ConfigError
 from asn_rl.files import write_whole
 
 T = TypeVar("T")
+OPERATIONAL = {"operational": True}
+"""`dataclasses.field(metadata=OPERATIONAL)`: how the work is done, not what comes of it. A run goes on when such a
+setting is changed."""
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -73,12 +76,27 @@ def save_config(config: Any, path: str | Path) -> None:
     write_whole(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """Lines `key.path: old -> new` for every value that differs."""
+def changes(old: Mapping[str, Any], config: Any) -> list[str]:
+    """Lines `key.path: old -> new` for every value of a saved configuration that differs now, operational ones aside.
+
+    Args:
+        old: plain values, as they were saved. Fields that were added since then have their defaults.
+        config: a dataclass, or plain values.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return list(_differences(old, to_dict(config)))
+    try:
+        before = from_dict(type(config), old)
+    except ConfigError:  # of another version
+        return list(_differences(old, to_dict(config)))
+    return list(_differences(*(_plain(each, operational=False) for each in (before, config))))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
     for key in dict.fromkeys([*old, *new]):
         a, b, path = old.get(key), new.get(key), f"{where}.{key}".lstrip(".")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differences(a, b, path)
+            yield from _differences(a, b, path)
         elif a != b:
             yield f"{path}: {a!r} -> {b!r}"
 
@@ -120,6 +138,7 @@ def _describe(cls: type, prefix: str) -> Iterator[str]:
         shown = "" if default is dataclasses.MISSING else f"={yaml.safe_dump(_plain(default), default_flow_style=True)}"
         yield f"  {name}{shown.removesuffix(chr(10)).removesuffix('...').strip()}  ({_type_name(hint)})"
         if doc := docs.get(field.name):
+            doc += ". A run goes on when it is changed" if field.metadata.get("operational") else ""
             yield textwrap.fill(doc, 100, initial_indent="      ", subsequent_indent="      ")
         mark = "[]." if get_origin(hint) in (tuple, list) else "."
         for section in get_args(hint):
@@ -227,11 +246,16 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, operational: bool = True) -> Any:
+    """Dataclasses and tuples as mappings and lists, with operational settings or without."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name), operational)
+            for field in dataclasses.fields(value)
+            if operational or not field.metadata.get("operational")
+        }
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, operational) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, operational) for item in value]
     return value

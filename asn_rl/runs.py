@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from asn_rl.config import differences, save_config, to_dict
+from asn_rl.config import changes, save_config, to_dict
 from asn_rl.errors import ConfigError, DataError
 from asn_rl.files import write_whole
 
@@ -24,7 +24,8 @@ console = Console(soft_wrap=True)
 
 
 def open_run(folder: str | Path, config: Any) -> Path:
-    """Create a run folder, or return to one that was made with the same configuration.
+    """Create a run folder, or return to one that was made with the same configuration. Operational settings
+    (`config.OPERATIONAL`: time limits, retries, servers, checkpoints) may have changed; the folder then keeps the new.
 
     Raises:
         ConfigError: the folder belongs to another configuration; the differing keys are listed.
@@ -42,12 +43,14 @@ def open_run(folder: str | Path, config: Any) -> Path:
             raise ConfigError(f"{path} is damaged ({error}); choose another run folder") from error
         if not isinstance(old, dict):
             raise ConfigError(f"{path} is damaged (no mapping of keys); choose another run folder")
-        changed = list(differences(old, to_dict(config)))
+        changed = changes(old, config)
         if changed:
             raise ConfigError(
                 f"{run} was made with another configuration:\n  " + "\n  ".join(changed) + "\n"
                 "Choose another run folder, or remove this one"
             )
+        if old != to_dict(config):
+            save_config(config, path)
     else:
         (run / "command.txt").write_text(_provenance())
         save_config(config, path)  # last: with it the run is begun

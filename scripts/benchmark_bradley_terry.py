@@ -1,6 +1,7 @@
 """Bradley-Terry fit of a Swiss tournament of 143 candidates, 9 rounds in both orders, from a noisy simulated judge.
 
-The candidates' strengths are drawn from N(0, 1.5^2) nats. The judge answers as a real one does, with a probability:
+The candidates' strengths are drawn from N(0, 1.5^2) nats; the fit does not know that and takes the labeller's default
+prior, N(0, 1). The judge answers as a real one does, with a probability:
 
     P(first is better) = sigmoid(strength of first - strength of second + 0.3 + noise),  noise ~ N(0, 1)
 
@@ -14,6 +15,7 @@ answers that are a single letter drawn with that probability.
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import choix
@@ -22,9 +24,11 @@ from _benchmark import finish, options, seconds
 from scipy.stats import kendalltau
 
 from asn_rl.ops.pairwise import bradley_terry, swiss_pairs, swiss_rounds
+from asn_rl.rewards.judge import pairwise_judge
 
 PLAYERS = 143
 SPREAD, BIAS, NOISE = 1.5, 0.3, 1.0
+PRIOR: float = inspect.signature(pairwise_judge).parameters["prior"].default
 JUDGES = (
     ("soft, noise 1 (the goal)", NOISE, False),
     ("soft, noise 2", 2.0, False),
@@ -48,12 +52,12 @@ def main() -> int:
     reached = tau[JUDGES[0][0]]
 
     wins, _ = tournament(0, NOISE, hard=False)
-    soft = seconds(lambda: bradley_terry(wins, SPREAD), repeats)
+    soft = seconds(lambda: bradley_terry(wins, PRIOR), repeats)
     won = np.rint(np.where(wins > wins.T, wins + wins.T, 0.0))  # hard outcomes for both sides
     games = [(i, j) for i, j in np.argwhere(won > 0).tolist() for _ in range(int(won[i, j]))]
-    ours = seconds(lambda: bradley_terry(won, SPREAD), repeats)
-    theirs = seconds(lambda: choix.opt_pairwise(PLAYERS, games, alpha=SPREAD**-2 / 2), repeats)
-    gap = np.abs(bradley_terry(won, SPREAD).strength - choix.opt_pairwise(PLAYERS, games, alpha=SPREAD**-2 / 2)).max()
+    ours = seconds(lambda: bradley_terry(won, PRIOR), repeats)
+    theirs = seconds(lambda: choix.opt_pairwise(PLAYERS, games, alpha=PRIOR**-2 / 2), repeats)
+    gap = np.abs(bradley_terry(won, PRIOR).strength - choix.opt_pairwise(PLAYERS, games, alpha=PRIOR**-2 / 2)).max()
     print(
         f"fit of the soft outcomes {1e3 * soft:.1f} ms (goal < {1e3 * FIT_SECONDS:.0f}), tau {reached:.3f} (goal {TAU})"
     )
@@ -69,7 +73,7 @@ def agreement(noise: float, hard: bool, tournaments: int) -> tuple[list[float], 
     taus, covered = [], []
     for seed in range(tournaments):
         wins, truth = tournament(seed, noise, hard)
-        found = bradley_terry(wins, SPREAD)
+        found = bradley_terry(wins, PRIOR)
         taus.append(float(np.asarray(kendalltau(found.strength, truth))[0]))
         error = np.abs(found.strength - (truth - truth.mean()))
         covered.append(float((error < 1.645 * found.stderr).mean()))

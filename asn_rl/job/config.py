@@ -10,6 +10,7 @@ from typing import Any, Literal
 from asn_rl.backends import BackendConfig
 from asn_rl.backends.server_generation import Kind
 from asn_rl.backends.servers import ServersConfig
+from asn_rl.config import OPERATIONAL
 from asn_rl.data import DataConfig
 from asn_rl.errors import InvalidValue, check_at_least
 from asn_rl.evaluation.benchmarking import EvaluateConfig
@@ -78,7 +79,7 @@ class HeuristicGrid:
 class GenerationServers:
     """Inference servers that generate the candidates."""
 
-    pool: ServersConfig
+    pool: ServersConfig = field(metadata=OPERATIONAL)
     """their addresses, and how they are asked"""
     kind: Kind = "sglang"
     """what they speak"""

@@ -13,10 +13,12 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from asn_rl.config import OPERATIONAL
 from asn_rl.errors import AsnError, ConfigError, InvalidValue, RewardError
 from asn_rl.ops.advantages import group_advantages
 from asn_rl.rewards import REWARDS
 from asn_rl.rewards.contract import CALL_ARGUMENTS, checked_scores, load_function
+from asn_rl.rewards.waiting import told_while_it_takes
 from asn_rl.rewards.workers import Failure, WorkerPool, describe
 from asn_rl.types import Prompt, Trajectories
 
@@ -38,12 +40,12 @@ class RewardConfig:
     normalize: Normalize = "none"
     """none: raw scores; group: minus the mean of the prompt's completions, over their standard deviation; batch: the
     same over all completions"""
-    time_limit: float | None = None
+    time_limit: float | None = field(default=None, metadata=OPERATIONAL)
     """wall seconds a call on one batch may take; null: no limit. Needs isolation: process, because a thread that hangs
     cannot be stopped"""
-    retries: int = 0
+    retries: int = field(default=0, metadata=OPERATIONAL)
     """further attempts after an exception or a time-out, before the batch's scores are masked"""
-    isolation: Isolation = "inline"
+    isolation: Isolation = field(default="inline", metadata=OPERATIONAL)
     """inline: called in this process; process: in a worker process, which is killed and replaced when it hangs or
     dies"""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -264,9 +266,8 @@ class _Component:
     def _attempt(self, inputs: Inputs) -> Any | Failure:
         # Lists of its own for every attempt; a column that an argument sets is the argument's.
         mine = {name: list(column) for name, column in inputs.items() if name not in self.config.arguments}
-        if self._pool is None:
-            return _call(self._function, mine)
-        answer = self._pool.map([mine])[0]
+        with told_while_it_takes(f"reward {self.name!r} on {len(inputs['completions'])} completions"):
+            answer = _call(self._function, mine) if self._pool is None else self._pool.map([mine])[0]
         if isinstance(answer, Failure) and answer.reason == "refused":
             raise RewardError(f"reward {self.name!r}: {answer.detail}")
         return answer

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from asn_rl.checkpoint import save_policy
+from asn_rl.config import OPERATIONAL
 from asn_rl.errors import InvalidValue, TrainingError, check_at_least, check_positive
 from asn_rl.metrics import MetricsLogger
 from asn_rl.ops.divergences import kl
@@ -64,9 +65,9 @@ class LPOConfig:
     """share of the prompts whose pairs are kept to measure on"""
     seed: int = 0
     """choice of the pairs and of the held-out prompts, order of the minibatches"""
-    save_every: int = 5
+    save_every: int = field(default=5, metadata=OPERATIONAL)
     """epochs between checkpoints"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=OPERATIONAL)
     """older ones are removed"""
 
     def __post_init__(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from asn_rl.config import OPERATIONAL
 from asn_rl.errors import InvalidValue, check_at_least, check_positive
 from asn_rl.ops import losses
 from asn_rl.ops.divergences import k3, kl
@@ -67,11 +68,11 @@ class PolicyGradientConfig:
     """what tokens cost: a price, or a limit on their mean number; null: nothing"""
     seed: int = 0
     """keys every random draw of the run"""
-    save_every: int = 10
+    save_every: int = field(default=10, metadata=OPERATIONAL)
     """steps between checkpoints"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=OPERATIONAL)
     """older ones are removed"""
-    log_completions: int = 6
+    log_completions: int = field(default=6, metadata=OPERATIONAL)
     """completions shown in TensorBoard's text tab every checkpoint"""
 
     def __post_init__(self) -> None:

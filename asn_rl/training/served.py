@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ import torch
 
 from asn_rl.backends.servers import ServersConfig
 from asn_rl.checkpoint import save_policy
+from asn_rl.config import OPERATIONAL
 from asn_rl.errors import BackendError, InvalidValue, TrainingError
 from asn_rl.observing import checked_needs
 from asn_rl.ops.divergences import k3
@@ -49,7 +50,7 @@ class ServeConfig:
 
     engine: Literal["sglang", "vllm"]
     """what they run"""
-    pool: ServersConfig
+    pool: ServersConfig = field(metadata=OPERATIONAL)
     """their addresses, and how they are asked"""
     policies: str
     """folder of policies that they were started with; the policy is written there before every step"""

@@ -131,8 +131,9 @@ def test_with_every_token_a_point_it_is_the_full_network(name: str, smollm_logit
     points = on_points(policy, logits, SketchSize(logits.shape[-1], 1))
     base = torch.log_softmax(logits.double(), -1)
     assert total_variation(full, base).max() > 0.01, "the weights must matter for the comparison to say anything"
-    torch.testing.assert_close(points.exp(), full.exp(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(points, full, rtol=0, atol=3e-5)  # measured 7e-6, down to log-probabilities of -40
+    torch.testing.assert_close(points.exp(), full.exp(), rtol=0, atol=5e-6)
+    # Measured 7e-6 on a processor with AVX-512, 1.1e-4 on one with AVX2, down to log-probabilities of -40.
+    torch.testing.assert_close(points, full, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -28,8 +28,9 @@ def test_grpo_learns_the_second_choice(tmp_path: Path) -> None:
     torch.manual_seed(0)
     policy = OrderStatisticsNetwork(width=16, point_width=8)
     config = GRPOConfig(
-        steps=60, prompts_per_step=8, num_generations=8, learning_rate=1e-2, beta=0.0, minibatch_tokens=256
-    )
+        steps=60, prompts_per_step=8, num_generations=8, learning_rate=1e-2, beta=0.0, minibatch_tokens=256,
+        entropy_coef=0.02,
+    )  # fmt: skip
     base = mean_reward(Pipeline([]))
     rules = [Pipeline([{"name": "temperature", "params": {"temperature": t}}]) for t in (0.3, 0.6, 1.5)]
     static = max(mean_reward(rule) for rule in [*rules, Pipeline([{"name": "top_k", "params": {"top_k": 2}}])])

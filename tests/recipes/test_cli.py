@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,30 +249,78 @@ def _listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
-    steps = "grpo.steps=30"
-    assert asn_rl(*job("reinforce", "whole", steps)).status == 0
+def interrupted(
+    arguments: Sequence[str], folder: Path, signal_number: int, reached: Callable[[], bool]
+) -> tuple[int, str]:
+    """Status and standard error of the command in a process that gets a signal at some point."""
     process = subprocess.Popen(
-        command(*job("reinforce", "broken", steps)), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
-        preexec_fn=_listen_to_interrupts,
-        stderr=subprocess.PIPE, text=True,
+        command(*arguments), cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
+        preexec_fn=_listen_to_interrupts, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    checkpoints = folder / "broken" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")):
-        assert process.poll() is None, "it ended before its first checkpoint"
+    while not reached():
+        assert process.poll() is None, "it ended before the signal"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal_number)
     _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
+    steps = "grpo.steps=30"
+    assert asn_rl(*job("reinforce", "whole", steps)).status == 0
+    checkpoints = folder / "broken" / "checkpoints"
+    status, stderr = interrupted(
+        job("reinforce", "broken", steps), folder, signal_number, lambda: any(checkpoints.glob("step-*"))
+    )
     if signal_number == signal.SIGINT:
-        assert process.returncode == 130
+        assert status == 130
         assert "the same command continues" in stderr
     assert not (folder / "broken" / "policy").exists(), "it was over before the signal"
     assert asn_rl(*job("reinforce", "broken", steps)).status == 0
     weights = "policy/model.safetensors"
     assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
+
+
+def test_a_reward_that_hangs_is_stopped_by_the_user_and_put_into_a_process(folder: Path, asn_rl: Command) -> None:
+    reward = {"function": "toy_rewards:hang_on", "arguments": {"prompt": "w3"}}
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB | {"rewards": [reward]}))
+    labels = folder / "run" / "labels"
+    status, stderr = interrupted(job("label"), folder, signal.SIGINT, lambda: any(labels.rglob("*.jsonl")))
+    assert (status, "the same command continues" in stderr) == (130, True)
+    (folder / "job.yaml").write_text(
+        yaml.safe_dump(JOB | {"rewards": [{**reward, "isolation": "process", "time_limit": 1.0}]})
+    )
+    with pytest.warns(RuntimeWarning, match="no answer within 1 s"):
+        assert asn_rl(*job("label")).status == 0
+    records = [json.loads(line) for path in labels.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    prompts = json.loads((folder / "run" / "prompts.jsonl").read_text().splitlines()[0])
+    assert {row["score"] for row in records} <= {1.0, None}, prompts
+
+
+def test_candidates_survive_a_kill_and_none_is_generated_twice(folder: Path, asn_rl: Command) -> None:
+    many = ("rollout.max_batch=4", "generate.num_generations=16")
+    assert asn_rl(*job("generate", "whole", *many)).status == 0
+    written = folder / "broken" / "candidates" / "train"
+    status, _ = interrupted(
+        job("generate", "broken", *many), folder, signal.SIGKILL, lambda: len(candidate_lines(written)) > 8
+    )
+    assert status == -signal.SIGKILL
+    before = candidate_lines(written)
+    assert asn_rl(*job("generate", "broken", *many)).status == 0
+    whole, after = (candidate_lines(folder / run / "candidates" / "train") for run in ("whole", "broken"))
+    assert len(before) < len(whole), "it was over before the signal"
+    assert sorted(after) == sorted(whole)
+    assert set(before) <= set(after)
+    assert asn_rl(*job("verify", "broken", *many)).status == 0
+
+
+def candidate_lines(folder: Path) -> list[str]:
+    """Whole lines of all shards; a torn last line is not there."""
+    texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))] if folder.exists() else []
+    return [line for text in texts for line in text.rpartition("\n")[0].splitlines()]
 
 
 def test_a_full_disk_ends_with_advice(asn_rl: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,16 @@ from asn_rl.config import load_config
 from asn_rl.data.store import load_trajectories
 from asn_rl.job import Job, JobConfig, compare, distil, reinforce, select
 from asn_rl.job.labelling import stores
-from asn_rl.labelling.labels import read_labels
+from asn_rl.labelling.grid import Grid
+from asn_rl.labelling.labels import label, read_labels
+from asn_rl.labelling.records import ShardWriter, candidate_record
 from asn_rl.labelling.selected import read_targets
+from asn_rl.labelling.store import CandidateStore
 from asn_rl.metrics import read_metrics
 from asn_rl.replay import replay
-from asn_rl.rewards.compose import score
+from asn_rl.rewards.compose import RewardConfig, RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.types import Candidate
 
 SMALL = [
     "backend.dtype=float32",
@@ -122,6 +126,28 @@ def test_a_recorded_rollout_replays_to_its_logprobs(job: Job) -> None:
     assert mismatch is None
     torch.testing.assert_close(again.base_logprobs, out.base_logprobs, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(again.behaviour_logprobs, out.behaviour_logprobs, atol=2e-2, rtol=1e-2)
+
+
+def test_model_labellers_are_the_rewards_of_a_rollout(job: Job, tmp_path: Path) -> None:
+    """One implementation, two paths, for labellers that are models: scored as in RL, and as labelled candidates."""
+    models = [
+        RewardConfig("log_likelihood", arguments={"model": "smollm2-135m-instruct"}),
+        RewardConfig("vendi_diversity"),
+        RewardConfig("pairwise_judge", arguments={"model": "smollm2-135m-instruct", "minimum_share": 0.0}),
+    ]
+    count = job.config.compare.num_generations
+    run = load_trajectories(job.run / "comparison" / "rl").select(range(4 * count))
+    direct = score(RewardSuite(models), run)
+    by_id = {prompt.id: prompt for prompt in run.prompts}
+    with ShardWriter(tmp_path / "candidates") as shard:
+        rows = zip(run.prompts, run.sample, run.completions, run.completion_ids, run.terminated.tolist(), strict=True)
+        shard.write([candidate_record(Candidate(p.id, "rl", sample, *rest)) for p, sample, *rest in rows])
+    store = CandidateStore(Grid(tuple(by_id), ("rl",), tuple(range(count))), tmp_path / "candidates")
+    label(models, store, by_id, tmp_path / "labels")
+    for name, expected in direct.components.items():
+        found = read_labels(tmp_path / "labels" / name, name, store).scores.reshape(-1)
+        assert len(np.unique(found)) > 1, f"{name} tells nothing apart"
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
 
 
 def test_comparison_and_report_tell_the_same(job: Job) -> None:

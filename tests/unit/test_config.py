@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asn_rl.backends import BackendConfig
-from asn_rl.config import describe, differences, from_dict, load_config, save_config, to_dict
+from asn_rl.config import changes, describe, from_dict, load_config, save_config, to_dict
 from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.job import JobConfig
+from asn_rl.rewards.compose import RewardConfig
 from asn_rl.rollout import RolloutConfig
 
 
@@ -247,8 +248,19 @@ def test_the_help_shows_type_default_and_meaning():
     assert "  spares[].size=28.0  (float)\n      inches\n" in text
 
 
-def test_differences_name_the_path_and_both_values():
-    old, new = to_dict(Bicycle()), to_dict(Bicycle(name="ox", front=Wheel(spokes=24)))
-    assert list(differences(old, new)) == ["name: 'mule' -> 'ox'", "front.spokes: 32 -> 24"]
-    assert list(differences(old, old)) == []
-    assert list(differences({"gone": 1}, {"come": math.inf})) == ["gone: 1 -> None", "come: None -> inf"]
+def test_changes_name_the_path_and_both_values():
+    old, new = to_dict(Bicycle()), Bicycle(name="ox", front=Wheel(spokes=24))
+    assert changes(old, new) == ["name: 'mule' -> 'ox'", "front.spokes: 32 -> 24"]
+    assert changes(old, Bicycle()) == []
+    assert changes({}, Bicycle()) == [], "a field that the saved configuration lacks has its default"
+    assert changes({"gone": 1, "name": "mule"}, Bicycle())[0] == "gone: 1 -> None"
+    assert changes({"gone": 1}, {"come": math.inf}) == ["gone: 1 -> None", "come: None -> inf"]
+
+
+def test_how_the_work_is_done_may_change():
+    old = JobConfig(rewards=(RewardConfig("numeric_answer"),))
+    safe = RewardConfig("numeric_answer", isolation="process", time_limit=5, retries=2)
+    new = replace(old, rewards=(safe,), grpo=replace(old.grpo, save_every=3, keep_checkpoints=1))
+    assert changes(to_dict(old), new) == []
+    assert "rewards" in changes(to_dict(old), replace(new, rewards=(replace(safe, weight=2.0),)))[0]
+    assert "A run goes on when it is changed" in describe(RewardConfig)

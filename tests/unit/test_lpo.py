@@ -265,7 +265,7 @@ def test_on_the_real_model(smollm: HFBackend, tmp_path: Path) -> None:
     run = rollout(PIPELINES[0], smollm, prompts, RolloutConfig(max_new_tokens=12), num_generations=4)
     rewards = -run.base_logprobs.new_zeros(len(run)).index_add(0, run.rows, run.base_logprobs).reshape(3, 4)
     policy: TrainablePolicy = OrderStatisticsNetwork(8, 4)
-    config = LPOConfig(epochs=4, learning_rate=1e-2, group_size=2, holdout=0.0)
+    config = LPOConfig(epochs=16, learning_rate=1e-2, group_size=2, holdout=0.0)
     train(policy, OrderStatisticsNetwork(8, 4), run, choose_pairs(rewards, 2), config, tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[0]["loss/preference"] == pytest.approx(math.log(2), rel=1e-3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from asn_rl.errors import AsnError, ConfigError, InvalidValue, RewardError, UnknownName
 from asn_rl.rewards.compose import RewardConfig, RewardResult, RewardSuite, call_inputs, normalised
+from asn_rl.rewards.waiting import told_while_it_takes
 from asn_rl.types import Prompt
 
 HELPERS = "slow_rewards"
@@ -184,6 +186,16 @@ def test_hanging_reward_is_killed() -> None:
     assert same(result.total, [1, 3])
     assert result.counts[f"{HELPERS}:hanging/timeout"] == 2
     assert result.counts[f"{HELPERS}:hanging/masked"] == 2
+
+
+def test_what_takes_long_is_named_and_what_can_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with told_while_it_takes("reward 'brief'"):
+        pass
+    assert capsys.readouterr().out == ""
+    with told_while_it_takes("reward 'slow'", first_s=0.05):
+        time.sleep(0.25)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count("reward 'slow' has taken 0 s so far. If it hangs: Ctrl-C, give it isolation: process") == 2
 
 
 def test_dying_reward_is_contained() -> None:

@@ -9,7 +9,7 @@ from full_disk import fill_disk
 from rich.console import Console
 
 from asn_rl import runs
-from asn_rl.config import load_config
+from asn_rl.config import OPERATIONAL, load_config
 from asn_rl.errors import ConfigError, DataError
 from asn_rl.runs import open_run, progress, read_jsonl, write_json, write_jsonl
 
@@ -17,6 +17,7 @@ from asn_rl.runs import open_run, progress, read_jsonl, write_json, write_jsonl
 @dataclass(frozen=True)
 class Inner:
     rate: float = 0.5
+    patience: int = field(default=1, metadata=OPERATIONAL)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ def test_a_run_of_another_configuration_is_refused_with_the_keys_that_differ(tmp
     assert "seed: 0 -> 1" in message
     assert "inner.rate: 0.5 -> 0.25" in message
     assert "Choose another run folder" in message
+
+
+def test_a_run_goes_on_with_another_way_of_doing_the_work_and_keeps_it(tmp_path: Path):
+    open_run(tmp_path, Config())
+    patient = Config(inner=Inner(patience=9))
+    open_run(tmp_path, patient)
+    assert load_config(Config, tmp_path / "config.yaml") == patient
 
 
 @pytest.mark.parametrize("content", [b"{a: [", b"", b"- 1", b"\xff"])
