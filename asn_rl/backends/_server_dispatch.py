@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 
-from asn_rl.backends.servers import CLOSED, Answer, Problem, RequestFailure, ServersConfig
+from asn_rl.backends.servers import CLOSED, Read, RequestFailure, ServersConfig, T
 from asn_rl.errors import BackendError
 
 STRIKES = 3
@@ -83,34 +83,34 @@ class Dispatcher:
 
     def launch(
         self,
-        tasks: set[asyncio.Task[Answer]],
-        answers: queue.SimpleQueue[tuple[int, Answer] | BaseException],
+        tasks: set[asyncio.Task[T | RequestFailure]],
+        answers: queue.SimpleQueue[tuple[int, T | RequestFailure] | BaseException],
         path: str,
         index: int,
         body: bytes,
-        problem: Problem | None,
+        read: Read[T],
     ) -> None:
         """Begin a request. Its task is in `tasks` while it is under way, and puts exactly one entry into `answers`."""
 
-        def deliver(task: asyncio.Task[Answer]) -> None:
+        def deliver(task: asyncio.Task[T | RequestFailure]) -> None:
             tasks.discard(task)
             if task.cancelled():
                 answers.put(BackendError(CLOSED))
             else:
                 answers.put(task.exception() or (index, task.result()))
 
-        task = asyncio.create_task(self._answer(path, index, body, problem))
+        task = asyncio.create_task(self._answer(path, index, body, read))
         tasks.add(task)
         task.add_done_callback(deliver)
 
-    async def _answer(self, path: str, index: int, body: bytes, problem: Problem | None) -> Answer:
+    async def _answer(self, path: str, index: int, body: bytes, read: Read[T]) -> T | RequestFailure:
         avoid, attempt = None, 0
         while True:
             server = await self._slot(avoid)
             if server is None:
                 return RequestFailure("no_server", f"no server was healthy for {self.config.no_server_s:g} s")
             try:
-                outcome = _examined(server, await self._attempt(server, path, body), problem)
+                outcome = _as_read(server, await self._attempt(server, path, body), read)
                 self._note(server, outcome)
             finally:
                 self._release(server)
@@ -153,7 +153,7 @@ class Dispatcher:
             wait_s=_retry_after(response),
         )
 
-    def _note(self, server: Server, outcome: dict | _Fault) -> None:
+    def _note(self, server: Server, outcome: object) -> None:
         """What an attempt says about its server."""
         if not isinstance(outcome, _Fault):
             server.answered += 1
@@ -275,13 +275,15 @@ def _decoded(server: Server, response: httpx.Response) -> dict | _Fault:
     return _Fault(RequestFailure("malformed", f"{server.url}: the answer is no JSON object ({got}): {text}"))
 
 
-def _examined(server: Server, outcome: dict | _Fault, problem: Problem | None) -> dict | _Fault:
-    """A fault in the place of an answer whose content the caller cannot use."""
-    failure = problem(outcome) if problem is not None and not isinstance(outcome, _Fault) else None
-    if failure is None:
+def _as_read(server: Server, outcome: dict | _Fault, read: Read[T]) -> T | _Fault:
+    """What the caller reads in an answer; a fault in the place of one that it cannot use."""
+    if isinstance(outcome, _Fault):
         return outcome
-    named = replace(failure, detail=f"{server.url}: {failure.detail}")
-    return _Fault(named, passing=not failure.final, strike=not failure.final)
+    found = read(outcome)
+    if not isinstance(found, RequestFailure):
+        return found
+    named = replace(found, detail=f"{server.url}: {found.detail}")
+    return _Fault(named, passing=not found.final, strike=not found.final)
 
 
 def _retry_after(response: httpx.Response) -> float:

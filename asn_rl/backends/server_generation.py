@@ -152,8 +152,8 @@ class ServerGenerator:
             BackendError: no server is healthy at the start.
         """
         payloads = (self.payload(request) for request in requests)
-        for index, answer in self.pool.post(PATHS[self.kind], payloads, self._problem):
-            yield index, answer if isinstance(answer, RequestFailure) else self._completion(answer)
+        for index, found in self.pool.post(PATHS[self.kind], payloads, self._parsed):
+            yield index, found if isinstance(found, RequestFailure) else self._decoded(found)
 
     def payload(self, request: GenerationRequest) -> dict[str, Any]:
         """The body of a request."""
@@ -186,13 +186,8 @@ class ServerGenerator:
             return RequestFailure("malformed", f"no logprobs came from a server of kind {self.kind!r}")
         return found
 
-    def _problem(self, answer: Mapping[str, Any]) -> RequestFailure | None:
-        found = self._parsed(answer)
-        return found if isinstance(found, RequestFailure) else None
-
-    def _completion(self, answer: Mapping[str, Any]) -> Result:
-        completion = self._parsed(answer)
-        if isinstance(completion, RequestFailure) or completion.token_ids is None or self.decode is None:
+    def _decoded(self, completion: ServerCompletion) -> ServerCompletion:
+        if completion.token_ids is None or self.decode is None:
             return completion
         return replace(completion, text=before_stop(self.decode(completion.token_ids), self.stop))
 

@@ -81,8 +81,10 @@ class RequestFailure:
     """the request itself is refused (a status such as 404, a content filter): it will fail whenever it is made"""
 
 
-Answer = dict[str, Any] | RequestFailure
-Problem = Callable[[dict[str, Any]], RequestFailure | None]
+T = TypeVar("T")
+Read = Callable[[dict[str, Any]], T | RequestFailure]
+"""makes of an answer, a JSON object, what the caller wants; a failure is an attempt that failed: tried again like a
+status 5xx unless it is `final`. Called in the pool's thread, so it must be fast"""
 
 
 class ServerPool:
@@ -151,17 +153,15 @@ class ServerPool:
             )
 
     def post(
-        self, path: str, payloads: Iterable[Mapping[str, Any]], problem: Problem | None = None
-    ) -> Iterator[tuple[int, Answer]]:
-        """Send each payload as JSON; yield its index and the answer, a JSON object or the failure, as they are done.
+        self, path: str, payloads: Iterable[Mapping[str, Any]], read: Read[T]
+    ) -> Iterator[tuple[int, T | RequestFailure]]:
+        """Send each payload as JSON; yield its index and the answer as read, or the failure, as they are done.
 
         `payloads` is read in the caller's thread, and only as fast as it is worked off: at most twice
         `config.capacity` are out at a time, answers that wait for the caller included.
 
         Args:
-            problem: what is wrong with the content of an answer; None: nothing. Such an answer is an attempt that
-                failed: tried again like a status 5xx unless the failure is `final`. Called in the pool's thread, so it
-                must be fast.
+            read: of each answer; `dict` takes it as it is.
 
         Raises:
             BackendError: no server is healthy at the start, or the pool is closed meanwhile.
@@ -169,8 +169,8 @@ class ServerPool:
         """
         if not self._running or not any(server.alive for server in self._servers):
             self.check()
-        answers: queue.SimpleQueue[tuple[int, Answer] | BaseException] = queue.SimpleQueue()
-        tasks: set[asyncio.Task[Answer]] = set()
+        answers: queue.SimpleQueue[tuple[int, T | RequestFailure] | BaseException] = queue.SimpleQueue()
+        tasks: set[asyncio.Task[T | RequestFailure]] = set()
         source, limit, out, exhausted = enumerate(payloads), 2 * self.config.capacity, 0, False
         try:
             while True:
@@ -179,7 +179,7 @@ class ServerPool:
                     if entry is None:
                         exhausted = True
                     else:
-                        self._call(self._dispatcher.launch, tasks, answers, path, entry[0], _encoded(*entry), problem)
+                        self._call(self._dispatcher.launch, tasks, answers, path, entry[0], _encoded(*entry), read)
                         out += 1
                 if out == 0:
                     return

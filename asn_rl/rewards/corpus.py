@@ -17,7 +17,7 @@ from asn_rl.rewards.corpus_index import open_index
 from asn_rl.rewards.inputs import completion_text
 
 if TYPE_CHECKING:
-    from asn_rl.backends.servers import Answer
+    from asn_rl.backends.servers import RequestFailure
 
 _PARSES = 4096  # remembered: coverage and breaks of the same completion share one
 _BACKOFF_S = 0.5
@@ -167,7 +167,7 @@ def infini_gram_api_coverage(
 
     def occurrences(queries: Sequence[str]) -> dict[str, bool | None]:
         payloads = [{"index": index, "query_type": "count", "query": query} for query in queries]
-        return {queries[i]: _occurs(answer) for i, answer in pool.post("", payloads)}
+        return {queries[i]: _occurs(answer) for i, answer in pool.post("", payloads, dict)}
 
     found = _parallel_search(texts, searches, occurrences)
     return [coverage(found[i], len(words)) if i in found else None for i, words in enumerate(texts)]
@@ -208,7 +208,7 @@ def _parallel_search(
     return found
 
 
-def _occurs(answer: Answer) -> bool | None:
+def _occurs(answer: dict[str, Any] | RequestFailure) -> bool | None:
     """Whether an answer counts an occurrence; None of one that has no count: errors come as {"error": text}."""
     API_COUNTS["requests"] += 1
     if not isinstance(answer, dict):

@@ -125,7 +125,7 @@ def served_reward_model(
     ]
     payloads = [{"model": model, **_REQUESTS[kind](row["input_ids"])} for row in rows]
     scores: list[float | None] = [None] * len(rows)
-    for i, answer in pool.post("/classify", payloads):
+    for i, answer in pool.post("/classify", payloads, dict):
         if isinstance(answer, dict):
             scores[i] = _served_score(kind, answer)
         else:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from asn_rl.backends.server_generation import PATHS, Kind, ServerCompletion, parse_completion, sampling_params
-from asn_rl.backends.servers import Answer, RequestFailure, ServerPool, ServersConfig
+from asn_rl.backends.servers import RequestFailure, ServerPool, ServersConfig
 from asn_rl.errors import DataError, InvalidValue
 from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT, STATUS_PATH
 from asn_rl.serving.sglang import PROCESSOR, processor_with
@@ -115,7 +115,7 @@ class PooledClient(ABC):
                     seed = None if seeds is None else derived_seed(seeds[i], g)
                     yield self.payload(list(ids), policy, max_new_tokens, seed, sorted(stop_token_ids))
 
-        answers = dict(self.pool.post(self.path, payloads()))
+        answers = dict(self.pool.post(self.path, payloads(), self._read))
         return [self._served(answers[i]) for i in range(len(prompt_ids) * num_generations)]
 
     def health(self) -> dict[str, dict[str, Any]]:
@@ -129,10 +129,13 @@ class PooledClient(ABC):
     ) -> dict[str, Any]:
         """The body of a request for one completion."""
 
-    def _served(self, answer: Answer) -> Served:
-        found = answer if isinstance(answer, RequestFailure) else parse_completion(self.kind, answer)
+    def _read(self, answer: Mapping[str, Any]) -> ServerCompletion | RequestFailure:
+        found = parse_completion(self.kind, answer)
         if isinstance(found, ServerCompletion) and not _are_logprobs(found.logprobs):
-            found = RequestFailure("malformed", f"the log-probs are no finite numbers: {str(found.logprobs)[:200]}")
+            return RequestFailure("malformed", f"the log-probs are no finite numbers: {str(found.logprobs)[:200]}")
+        return found
+
+    def _served(self, found: ServerCompletion | RequestFailure) -> Served:
         if isinstance(found, RequestFailure):
             return Served([], [], None, f"{found.reason}: {found.detail}")
         assert found.token_ids is not None

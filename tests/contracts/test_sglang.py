@@ -75,7 +75,7 @@ def client(running: Running) -> Iterator[SGLangClient]:
 
 def send(client: SGLangClient, bodies: Sequence[dict[str, Any]]) -> list[Any]:
     """Answers to requests that are under way at the same time."""
-    answers = dict(client.pool.post(client.path, bodies))
+    answers = dict(client.pool.post(client.path, bodies, client._read))
     return [answers[i] for i in range(len(bodies))]
 
 
@@ -126,7 +126,7 @@ def test_completions_of_one_prompt(client: SGLangClient, smollm: HFBackend, runn
     body = client.payload(ids, "learned", TOKENS, None, [])
     body["sampling_params"]["n"] = 3
     theirs = httpx.post(running.url + "/generate", json=body, timeout=60).json()
-    answers = ours + [client._served(answer) for answer in theirs]
+    answers = ours + [client._served(client._read(answer)) for answer in theirs]
     assert len(answers) == 6
     assert gap(smollm, "learned", PROMPTS[1], answers) < BOUND
 

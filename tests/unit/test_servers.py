@@ -39,7 +39,7 @@ def config(*pool: LocalServer, **settings: Any) -> ServersConfig:
 
 def post(pool: ServerPool, payloads: Any) -> dict[int, Any]:
     """Answers by index, each of which came once."""
-    answers = list(pool.post("/square", payloads))
+    answers = list(pool.post("/square", payloads, dict))
     assert len({index for index, _ in answers}) == len(answers)
     return dict(answers)
 
@@ -66,7 +66,7 @@ def test_answers_come_in_order_of_completion() -> None:
 
     with LocalServer(respond) as server, ServerPool(config(server, concurrency=2)) as pool:
         order = []
-        for index, _ in pool.post("/square", items(5)):
+        for index, _ in pool.post("/square", items(5), dict):
             order.append(index)
             if len(order) == 4:
                 server.resume.set()
@@ -99,7 +99,7 @@ def test_payloads_are_read_as_they_are_worked_off() -> None:
             yield {"x": taken}
 
     with LocalServer(square) as server, ServerPool(config(server)) as pool:
-        answers = pool.post("/square", endless())
+        answers = pool.post("/square", endless(), dict)
         for done in range(1, 40):
             next(answers)
             assert taken + 1 <= done + 2 * 3
@@ -113,9 +113,9 @@ def test_a_reader_that_fails_is_heard_and_the_pool_goes_on() -> None:
 
     with LocalServer(square) as server, ServerPool(config(server)) as pool:
         with pytest.raises(KeyError, match="disk gone"):
-            list(pool.post("/square", broken()))
+            list(pool.post("/square", broken(), dict))
         with pytest.raises(DataError, match="payload 1 cannot be sent as JSON"):
-            list(pool.post("/square", [{"x": 1}, {"x": float("nan")}]))
+            list(pool.post("/square", [{"x": 1}, {"x": float("nan")}], dict))
         assert post(pool, items(4)) == squares(4)
 
 
@@ -138,7 +138,7 @@ def test_a_server_that_comes_back_is_used_again() -> None:
     with LocalServer(square) as a, ServerPool(config(a, retries=10)) as pool:
         assert post(pool, items(3)) == squares(3)
         a.die()
-        answers = pool.post("/square", items(6))
+        answers = pool.post("/square", items(6), dict)
         found: list[Any] = []
         reader = threading.Thread(target=lambda: found.extend(answers))
         reader.start()
@@ -252,26 +252,26 @@ def test_torn_answers_are_tried_again_and_named(reply: Reply, reason: str, words
         assert words in failure.detail
 
 
-def test_the_caller_says_what_is_wrong_with_an_answer() -> None:
+def test_the_caller_reads_answers_and_says_what_is_wrong_with_them() -> None:
     """For a passing reason it is tried again, for a final one not; what the check itself raises reaches the caller."""
 
     def respond(payload: dict[str, Any]) -> Reply:
         seen = [known["x"] for known in server.payloads].count(payload["x"])
         return (200, {"square": None}) if (payload["x"] == 1 and seen == 1) or payload["x"] == 3 else square(payload)
 
-    def problem(answer: dict[str, Any]) -> RequestFailure | None:
+    def read(answer: dict[str, Any]) -> int | RequestFailure:
         if answer["square"] == 16:
             return RequestFailure("malformed", "never", final=True)
-        return RequestFailure("malformed", "empty") if answer["square"] is None else None
+        return RequestFailure("malformed", "empty") if answer["square"] is None else answer["square"]
 
     with LocalServer(respond) as server, ServerPool(config(server, retries=2)) as pool:
-        answers = dict(pool.post("/square", items(6), problem))
+        answers = dict(pool.post("/square", items(6), read))
         assert answers.pop(3) == RequestFailure("malformed", f"{server.url}: empty")
         assert answers.pop(4) == RequestFailure("malformed", f"{server.url}: never", final=True)
-        assert answers == {x: {"square": x * x} for x in (0, 1, 2, 5)}
+        assert answers == {x: x * x for x in (0, 1, 2, 5)}
         assert pool.stats()[server.url] | {"alive": True} == {"answered": 4, "retried": 3, "failed": 2, "alive": True}
         with pytest.raises(ZeroDivisionError):
-            list(pool.post("/square", items(1), lambda answer: 1 // answer["square"]))  # type: ignore[arg-type, return-value]
+            list(pool.post("/square", items(1), lambda answer: 1 // answer["square"]))
         assert post(pool, items(3)) == squares(3)
 
 
@@ -282,7 +282,7 @@ def test_no_server_at_the_start() -> None:
         with pytest.raises(BackendError, match=f"{nobody}: ConnectError.*{ill.url}: status 503.*health_path"):
             pool.check()
         with pytest.raises(BackendError, match="no inference server is healthy"):
-            next(pool.post("/square", items(1)))
+            next(pool.post("/square", items(1), dict))
         assert not ill.payloads
 
 
@@ -333,7 +333,7 @@ def test_remaining_items_fail_when_no_server_is_left() -> None:
         lost = {answer for answer in answers.values() if isinstance(answer, RequestFailure)}
         assert lost == {RequestFailure("no_server", "no server was healthy for 0.2 s")}
         with pytest.raises(BackendError, match="no inference server is healthy"):
-            list(pool.post("/square", items(1)))
+            list(pool.post("/square", items(1), dict))
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -374,7 +374,7 @@ def test_leaving_early_cancels_what_is_under_way() -> None:
 
     with LocalServer(hang) as server:
         with ServerPool(config(server)) as pool:
-            assert next(pool.post("/square", items(9))) == (0, {"square": 0})
+            assert next(pool.post("/square", items(9), dict)) == (0, {"square": 0})
             thread = pool._thread
         assert thread is not None
         assert not thread.is_alive()
@@ -391,7 +391,7 @@ def test_closing_ends_readers_in_other_threads() -> None:
 
         def read() -> None:
             try:
-                list(pool.post("/square", items(9)))
+                list(pool.post("/square", items(9), dict))
             except BackendError as error:
                 said.append(str(error))
 
@@ -434,7 +434,7 @@ import sys, threading
 from asn_rl.backends.servers import ServerPool, ServersConfig
 try:
     with ServerPool(ServersConfig((sys.argv[1],))) as pool:
-        list(pool.post("/square", ({"x": x} for x in range(99))))
+        list(pool.post("/square", ({"x": x} for x in range(99)), dict))
 except KeyboardInterrupt:
     print("interrupted", threading.active_count())
 """

@@ -113,6 +113,16 @@ def test_what_is_no_completion_fails_and_the_others_do_not(started: Start, reply
     assert re.match(named, bad.failed or "", re.DOTALL)
 
 
+def test_a_completion_that_a_server_gave_up_on_is_made_again(started: Start) -> None:
+    def give_up_once(payload: dict[str, Any]) -> Reply:
+        return (200, whole(finish_reason=ABORTED)) if len(server.payloads) == 1 else answer(payload)
+
+    server, client = started(give_up_once)
+    (found,) = client.complete(PROMPTS[:1], policy="math", max_new_tokens=2)
+    assert (found.failed, found.completion_ids) == (None, [3, 3])
+    assert client.pool.stats()[server.url]["retried"] == 1
+
+
 def test_the_work_of_a_dead_server_goes_to_the_others(started: Start) -> None:
     def die(payload: dict[str, Any]) -> Reply:
         if len(first.payloads) > 2:
