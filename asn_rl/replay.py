@@ -76,7 +76,7 @@ def replay(
     parts_in_order = [parts[i] for i in range(len(prompts))]
     trajectories = concatenate(parts_in_order)
     if logprobs is None:
-        return trajectories, None
+        return replace(trajectories, recorded=False), None
     recorded = torch.tensor([value for row in logprobs for value in row], dtype=torch.float32)
     gap = (recorded - trajectories.behaviour_logprobs).abs()
     mismatch = Mismatch(gap.mean().item(), gap.max().item(), len(gap))

@@ -308,6 +308,7 @@ def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
         behaviour_logprobs=must(lambda part: part.behaviour_logprobs),
         base_logprobs=must(lambda part: part.base_logprobs),
         extras={name: must(lambda part, name=name: part.extras[name]) for name in parts[0].extras},
+        recorded=all(part.recorded for part in parts),
     )
 
 

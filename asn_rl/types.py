@@ -141,6 +141,9 @@ class Trajectories:
     """(S,) fp32 log-probability of the chosen token under the base model"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """per-token tensors that a caller asked the rollout to record"""
+    recorded: bool = True
+    """`behaviour_logprobs` were recorded when the tokens were drawn; False: they are those of the policy that a text of
+    unknown origin was replayed under, and no propensities"""
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -185,6 +188,7 @@ class Trajectories:
             behaviour_logprobs=self.behaviour_logprobs[tokens],
             base_logprobs=self.base_logprobs[tokens],
             extras={name: part[tokens] for name, part in self.extras.items()},
+            recorded=self.recorded,
         )
 
     def to(self, device: torch.device | str) -> Trajectories:
@@ -201,7 +205,7 @@ class Trajectories:
 
     def with_logprobs(self, logprobs: Tensor) -> Trajectories:
         """The same trajectories with (S,) behaviour log-probs that were recorded elsewhere."""
-        return replace(self, behaviour_logprobs=logprobs)
+        return replace(self, behaviour_logprobs=logprobs, recorded=True)
 
     def with_condition(self, condition: Tensor) -> Trajectories:
         """The same trajectories, seen under a (B, n) condition."""

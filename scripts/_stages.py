@@ -17,7 +17,14 @@ from asn_rl.runs import console
 ROOT = Path(__file__).resolve().parent.parent
 
 # First seed and the distance between runs: candidates count on from theirs.
-_SEEDS = {"generate": (1000, 1000), "distill": (0, 1), "grpo": (0, 1), "ppo": (0, 1), "compare": (2000, 1)}
+_SEEDS = {
+    "generate": (1000, 1000),
+    "distill": (0, 1),
+    "grpo": (0, 1),
+    "ppo": (0, 1),
+    "lpo": (0, 1),
+    "compare": (2000, 1),
+}
 
 
 def main(description: str | None, *, config: str, run: str) -> int:

@@ -28,10 +28,11 @@ from asn_rl.errors import DataError
 from asn_rl.evaluation.comparison import arm_result
 from asn_rl.evaluation.seeds import seed_report
 from asn_rl.job import JobConfig
+from asn_rl.job.config import CONTROLS
 from asn_rl.rewards.compose import RewardSuite
 from asn_rl.runs import console
 
-LEARNED = ("distilled", "rl")
+LEARNED = ("distilled", "rl", *CONTROLS)
 
 
 def main() -> int:
@@ -47,13 +48,14 @@ def _print(runs: list[Path]) -> None:
     for run, (kind, _) in zip(runs, found, strict=True):
         if kind != (prompts, strata):
             raise DataError(f"{run} compares other prompts than {runs[0]}; give runs of one job with several seeds")
-    for name in LEARNED:
-        if not all(name in values for _, values in found):
-            continue
-        report = seed_report(np.stack([values[name] for _, values in found], 1), strata)
+    shared = [name for name in LEARNED if all(name in values for _, values in found)]
+    pairs = [(name, "best static") for name in shared] + [("rl", name) for name in CONTROLS if name in shared]
+    for name, other in pairs:
+        parts = [values[name] - values.get(other, 0.0) for _, values in found]
+        report = seed_report(np.stack(parts, 1), strata)
         these, method = report.interval, report.crossed
         console.print(
-            f"{name} minus best static: by seed {' '.join(f'{mean:+.3f}' for mean in report.by_seed)}, mean "
+            f"{name} minus {other}: by seed {' '.join(f'{mean:+.3f}' for mean in report.by_seed)}, mean "
             f"{these.mean:+.3f}, these seeds [{these.low:+.3f}, {these.high:+.3f}], method [{method.low:+.3f}, "
             f"{method.high:+.3f}]",
             highlight=False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asn_rl.checkpoint import atomic_folder, load_state, save_state
+from asn_rl.ops.context import check_context
 from asn_rl.ops.sketch import Sketch
 from asn_rl.types import OPTIONAL_INPUTS, Observation, Prompt, Trajectories
 
@@ -23,6 +24,7 @@ def save_trajectories(folder: Path, trajectories: Trajectories) -> None:
         "sketch": vars(obs.sketch),
         "observations": {name: getattr(obs, name) for name in ("context", *sorted(OPTIONAL_INPUTS))},
         "extras": dict(trajectories.extras),
+        "recorded": trajectories.recorded,
     }
     with atomic_folder(folder) as scratch:
         save_state(scratch, state)
@@ -33,11 +35,14 @@ def load_trajectories(folder: Path) -> Trajectories:
 
     Raises:
         CheckpointError: missing or truncated.
+        InvalidValue: a context entry out of its documented range.
     """
     state = load_state(folder)
+    check_context(state["observations"]["context"])
     return Trajectories(
         prompts=[Prompt(p["id"], p["content"], p["columns"]) for p in state["prompts"]],
         observations=Observation(Sketch(**state["sketch"]), **state["observations"]),
         extras=state["extras"],
+        recorded=state.get("recorded", True),
         **{name: state[name] for name in (*_LISTS, *_TENSORS)},
     )

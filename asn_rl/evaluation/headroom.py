@@ -14,7 +14,7 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue
 from asn_rl.evaluation.reward_log import RewardLog
-from asn_rl.evaluation.statistics import Interval, Resampling, as_plain, bootstrap, masked_mean, stratified_mean
+from asn_rl.evaluation.statistics import Interval, Resampling, as_plain, bootstrap, split_half_choices
 from asn_rl.evaluation.verdict import BETTER, signed, verdict
 from asn_rl.training.bandit import BanditConfig, cross_fit, expected_rewards
 
@@ -77,6 +77,9 @@ class HeadroomReport:
 def headroom(log: RewardLog, config: BanditConfig | None = None, how: Resampling | None = None) -> HeadroomReport:
     """The headroom test of a full-information log.
 
+    A reward that compares the samples of a group makes the halves depend on each other: give rewards for which a half
+    is compared within itself.
+
     Raises:
         InvalidValue: a log in which actions were drawn, of one action, or with fewer than two samples or two prompts a
             fold.
@@ -88,7 +91,7 @@ def headroom(log: RewardLog, config: BanditConfig | None = None, how: Resampling
         raise InvalidValue("actions", actions, ">= 2", "there is nothing to choose from")
     config, how = config or BanditConfig(), how or Resampling()
     means, strata = log.means, list(log.strata)
-    oracle, static, chosen = split_half_choices(log)
+    oracle, static, chosen = split_half_choices(log.rewards.swapaxes(0, 1), strata)
     without = cross_fit(np.empty((count, 0)), means, strata, config)
     fitted = cross_fit(log.features, means, strata, config)
     values = {
@@ -110,22 +113,3 @@ def headroom(log: RewardLog, config: BanditConfig | None = None, how: Resampling
         actions=actions,
         samples=samples,
     )
-
-
-def split_half_choices(log: RewardLog) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """What `evaluation.statistics.split_half_oracle` averages, prompt by prompt.
-
-    Returns:
-        (P,) rewards of the oracle and of the best single action, means over both directions (a masked one counts in
-        neither), and the single action that each half chose.
-    """
-    if log.rewards.shape[-1] < 2:
-        raise InvalidValue("samples a prompt", log.rewards.shape[-1], ">= 2", "one half chooses, the other one scores")
-    halves = [masked_mean(log.rewards[:, :, i::2]) for i in range(2)]  # (P, A) each
-    oracle, static, chosen = [], [], []
-    for chosen_on, scored_on in (halves, halves[::-1]):
-        best = np.where(np.isnan(chosen_on), -np.inf, chosen_on).argmax(1)
-        oracle.append(scored_on[np.arange(len(best)), best])
-        chosen.append(int(np.argmax([stratified_mean(action, log.strata) for action in chosen_on.T])))
-        static.append(scored_on[:, chosen[-1]])
-    return masked_mean(np.stack(oracle, 1)), masked_mean(np.stack(static, 1)), (chosen[0], chosen[1])

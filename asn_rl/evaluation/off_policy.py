@@ -172,8 +172,20 @@ def log_ratios(policy: Policy, trajectories: Trajectories) -> Tensor:
     is the base model's, and cancels.
 
     Raises:
-        DataError: the policy reads something that the trajectories did not record.
+        DataError: the log has no propensities (`Trajectories.recorded`), or they are not finite; or the policy reads
+            something that the trajectories did not record.
     """
+    if not trajectories.recorded:
+        raise DataError(
+            "the log has no propensities: its log-probs are those of the policy that it was replayed under, not of "
+            "what drew its tokens. Give `replay` the log-probs that were recorded with them, or roll out anew"
+        )
+    if not bool(trajectories.behaviour_logprobs.isfinite().all()):
+        wrong = int((~trajectories.behaviour_logprobs.isfinite()).nonzero()[0])
+        raise DataError(
+            f"the log-prob of token {wrong} in the log is {trajectories.behaviour_logprobs[wrong].item()}; a token "
+            "that was drawn has a finite one. Leave its completion out, or record it anew"
+        )
     obs = trajectories.observations
     missing = sorted(name for name in policy.needs if getattr(obs, name) is None)
     if missing:

@@ -128,13 +128,29 @@ def split_half_oracle(rewards: np.ndarray, strata: Sequence[str]) -> tuple[float
     Raises:
         InvalidValue: fewer than two samples a prompt, or a stratum without a value.
     """
+    oracle, static, _ = split_half_choices(rewards, strata)
+    return stratified_mean(oracle, strata), stratified_mean(static, strata)
+
+
+def split_half_choices(rewards: np.ndarray, strata: Sequence[str]) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """What `split_half_oracle` averages, prompt by prompt; arguments and errors are the same.
+
+    Of arms that a half finds equally good on a prompt, that half's better one over all prompts is chosen, so that the
+    order of the arms says nothing.
+
+    Returns:
+        (P,) rewards of the oracle and of the best single arm, means over both directions (a masked one counts in
+        neither), and the single arm that each half chose.
+    """
     if rewards.shape[-1] < 2:
         raise InvalidValue("samples a prompt", rewards.shape[-1], ">= 2", "one half chooses, the other one scores")
     halves = [masked_mean(rewards[:, :, i::2]) for i in range(2)]  # (A, P) each
-    oracle, static = [], []
+    oracle, static, singles = [], [], []
     for chosen_on, scored_on in (halves, halves[::-1]):
-        best = np.where(np.isnan(chosen_on), -np.inf, chosen_on).argmax(0)
-        oracle.append(stratified_mean(scored_on[best, np.arange(scored_on.shape[1])], strata))
-        single = int(np.argmax([stratified_mean(arm, strata) for arm in chosen_on]))
-        static.append(stratified_mean(scored_on[single], strata))
-    return float(np.mean(oracle)), float(np.mean(static))
+        overall = np.argsort([-stratified_mean(arm, strata) for arm in chosen_on], kind="stable")
+        known = np.where(np.isnan(chosen_on), -np.inf, chosen_on)
+        best = overall[known[overall].argmax(0)]
+        oracle.append(scored_on[best, np.arange(len(best))])
+        static.append(scored_on[overall[0]])
+        singles.append(int(overall[0]))
+    return masked_mean(np.stack(oracle, 1)), masked_mean(np.stack(static, 1)), (singles[0], singles[1])

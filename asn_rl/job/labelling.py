@@ -173,9 +173,10 @@ def _headroom(
     job: Job, candidates: CandidateStore, labels: dict[str, labelling.Labels], strata: Sequence[str]
 ) -> dict[str, float] | None:
     """What choosing by prompt could gain; None where a reward compares candidates of both halves of the seeds."""
-    rewards = rewards_of(
-        job, "train", candidates, {name: replace(part, scores=part.apart) for name, part in labels.items()}
-    )
+    try:
+        rewards = rewards_apart(job, "train", candidates, labels)
+    except DataError:
+        return None
     first, second = (masked_mean(masked_mean(rewards[..., half::2])) for half in range(2))  # (P,) each
     if not set(strata) <= {label for label, mean in zip(strata, first + second, strict=True) if not np.isnan(mean)}:
         return None
@@ -204,6 +205,25 @@ def rewards_of(job: Job, split: str, candidates: CandidateStore, labels: dict[st
         for j in range(heuristics)
     ]
     return torch.stack(totals, 1).numpy().reshape(count, samples, heuristics).swapaxes(1, 2)
+
+
+def rewards_apart(
+    job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels] | None = None
+) -> np.ndarray:
+    """As `rewards_of`, with completions compared within each half of the seeds only.
+
+    Raises:
+        DataError: a reward has no labels of halves.
+    """
+    found = labels or labels_of(job, split, candidates)
+    apart = {name: replace(part, scores=part.apart) for name, part in found.items()}
+    for config, part in zip(job.config.rewards, reward_scores(job, split, apart), strict=True):
+        if np.isnan(part).all():
+            raise DataError(
+                f"reward {config.function!r} compares completions over both halves of the seeds, so that neither half "
+                "can choose without the other's luck; leave it out of `rewards`, or compare policies instead"
+            )
+    return rewards_of(job, split, candidates, apart)
 
 
 def reward_scores(job: Job, split: str, labels: dict[str, labelling.Labels]) -> list[np.ndarray]:

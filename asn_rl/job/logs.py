@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from asn_rl.evaluation.headroom import headroom as measured
 from asn_rl.evaluation.reward_log import RewardLog, load_reward_log, save_reward_log
 from asn_rl.evaluation.statistics import Resampling
 from asn_rl.job.job import Job
-from asn_rl.job.labelling import SPLITS, label, labels_of, prompts, rewards_of
+from asn_rl.job.labelling import SPLITS, label, labels_of, prompts, rewards_apart, rewards_of
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.protocols import LogitsBackend
 from asn_rl.rollout import encoded_prompts
@@ -51,10 +52,18 @@ def reward_log(job: Job, split: str) -> RewardLog:
 
 
 def headroom(job: Job, split: str = "train") -> HeadroomReport:
-    """Whether choosing the heuristic by prompt can help on a split's prompts. Writes `headroom.json`."""
+    """Whether choosing the heuristic by prompt can help on a split's prompts. Writes `headroom.json`.
+
+    Rewards that compare the completions of a group compare those of a half of the seeds, so that one half's luck does
+    not show in the other one's rewards.
+
+    Raises:
+        DataError: a reward that compares completions has no labels of halves (a judge, for example).
+    """
     compare = job.config.compare
     how = Resampling(compare.resamples, compare.level, compare.seed)
-    report = measured(reward_log(job, split), job.config.bandit, how)
+    log = replace(reward_log(job, split), rewards=rewards_apart(job, split, label(job)[split]))
+    report = measured(log, job.config.bandit, how)
     write_json(job.run / "headroom.json", {"split": split, **report.as_dict()})
     return report
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asn_rl.errors import InvalidValue
 from asn_rl.ops.sketch import Sketch
 
 
@@ -78,6 +79,27 @@ def context_vector(
     )
     stacked = torch.stack(entries, -1)
     return stacked.clamp(*_bounds(stacked.device))
+
+
+def check_context(context: Tensor) -> None:
+    """Refuse contexts (..., C) that were not made by `context_vector`.
+
+    Raises:
+        InvalidValue: another number of entries, or one outside its documented range (NaN is), which is named.
+    """
+    if context.shape[-1:] != (CONTEXT_SIZE,):
+        raise InvalidValue("context shape", tuple(context.shape), f"(..., {CONTEXT_SIZE}), entries as in CONTEXT")
+    low, high = _bounds(context.device)
+    wrong = (~((context >= low) & (context <= high))).reshape(-1, CONTEXT_SIZE).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        entry = CONTEXT[column]
+        raise InvalidValue(
+            f"context entry {entry.name!r}",
+            float(context.reshape(-1, CONTEXT_SIZE)[row, column]),
+            f"in [{entry.low:g}, {entry.high:g}], {entry.unit}",
+            "make contexts with context_vector",
+        )
 
 
 def _bounds(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from asn_rl.errors import InvalidValue
+from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.ops.advantages import group_advantages, has_signal, leave_one_out_advantages, pass_at_k_advantages
 from asn_rl.ops.losses import aggregate
 from asn_rl.placement import device_of
@@ -59,6 +59,11 @@ class GRPOConfig(PolicyGradientConfig):
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "a group needs companions to compare")
         if self.advantage == "pass_at_k" and not 1 <= self.pass_k <= self.num_generations:
             raise InvalidValue("pass_k", self.pass_k, f"in [1, {self.num_generations}] (num_generations)")
+        if self.advantage == "group" and self.budget is not None:
+            raise ConfigError(
+                "advantage group divides each group by its standard deviation, so that among equally good completions "
+                "any price of a token, however small, counts in full; with a budget set advantage: batch or none"
+            )
         if self.advantage == "pass_at_k" and self.budget is not None:
             raise InvalidValue("budget", self.budget, "null with advantage pass_at_k", "it takes rewards of 0 and 1")
 

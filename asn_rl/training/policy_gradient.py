@@ -50,8 +50,9 @@ class PolicyGradientConfig:
     """lower clipping bound of the importance ratio; with surrogate sequence about 3e-4"""
     epsilon_high: float | None = None
     """upper clipping bound; null: the same as epsilon"""
-    cov_fraction: float = 2e-4
-    """share of a minibatch's tokens that clip_cov and kl_cov act on, at least one token"""
+    cov_fraction: float | None = None
+    """share of a minibatch's tokens that clip_cov and kl_cov act on, at least one token; null: the paper's, 2e-4 and
+    2e-3 (Cui et al. 2025, arXiv:2505.22617)"""
     cov_bounds: tuple[float, ...] = (1.0, 5.0)
     """covariances between which clip_cov draws its tokens"""
     cov_coef: float = 1.0
@@ -88,13 +89,18 @@ class PolicyGradientConfig:
             raise InvalidValue("epsilon", self.epsilon, "in (0, 1)")
         if self.kl_target is not None and (self.kl_target <= 0 or self.beta == 0):
             raise InvalidValue("kl_target", self.kl_target, "> 0 with beta > 0", "beta is where adaptation starts")
-        if not 0 < self.cov_fraction <= 1:
+        if self.cov_fraction is not None and not 0 < self.cov_fraction <= 1:
             raise InvalidValue("cov_fraction", self.cov_fraction, "in (0, 1]")
         if len(self.cov_bounds) != 2 or not self.cov_bounds[0] < self.cov_bounds[1]:
             raise InvalidValue("cov_bounds", self.cov_bounds, "two ascending numbers")
         if self.surrogate == "reinforce" and self.num_iterations != 1:
             advice = "without a ratio, later epochs would reuse completions of an older policy as its own"
             raise InvalidValue("num_iterations", self.num_iterations, "1 with surrogate reinforce", advice)
+
+    @property
+    def cov_share(self) -> float:
+        """What `cov_fraction` is with this surrogate."""
+        return self.cov_fraction or (2e-3 if self.surrogate == "kl_cov" else 2e-4)
 
     @property
     def upper(self) -> float:
@@ -189,12 +195,12 @@ def _surrogate(
         case "sequence":
             return losses.sequence_surrogate(logprobs, old, advantages, dense(rows), *bounds)
         case "clip_cov":
-            share = {"fraction": config.cov_fraction, "bounds": config.cov_bounds, "generator": generator}
+            share = {"fraction": config.cov_share, "bounds": config.cov_bounds, "generator": generator}
             return losses.clip_cov(logprobs, old, advantages, *bounds, **share)
         case "cispo":
             loss = losses.cispo(logprobs, old, advantages, config.upper)
         case "kl_cov":
-            share = {"fraction": config.cov_fraction, "coefficient": config.cov_coef}
+            share = {"fraction": config.cov_share, "coefficient": config.cov_coef}
             loss = losses.kl_cov(logprobs, old, advantages, **share)
         case "reinforce":
             loss = -advantages * logprobs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from asn_rl.checkpoint import PolicyConfig, check_compatible, load_weights, read_policy_config, write_policy
-from asn_rl.errors import CheckpointError
+from asn_rl.errors import CheckpointError, InvalidValue
 from asn_rl.ops.logprobs import shifted
 from asn_rl.types import Observation, PolicyOutput, State
 
@@ -136,3 +136,11 @@ class PolicyModule(nn.Module):
                 "",
             ]
         )
+
+
+def check_rows(state: State | None, obs: Observation) -> None:
+    """`InvalidValue` for a state of another number of rows than the observation."""
+    for key, part in (state or {}).items():
+        if len(part) != len(obs.context):
+            advice = "carry the state of the same completions from step to step"
+            raise InvalidValue(f"rows of state {key!r}", len(part), f"{len(obs.context)}, as the observation", advice)

@@ -55,7 +55,8 @@ class Fallback(PolicyModule):
         super().__init__()
         self.inner = build_inner(inner)
         self.rule = Pipeline(rule)
-        self.needs = self.inner.needs
+        self.needs = self.inner.needs | self.rule.needs
+        self.layer_count = max(getattr(self.inner, "layer_count", 0), self.rule.layer_count)
         low, high = _bounds(limits)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)

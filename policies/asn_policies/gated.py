@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asn_policies.base import PolicyModule
+from asn_policies.base import PolicyModule, check_rows
 from asn_policies.features import summary_network
 from asn_policies.heuristics import Pipeline
 from asn_rl.errors import CheckpointError, ConfigError, InvalidValue
@@ -67,7 +67,7 @@ class GatedStrategies(PolicyModule):
         Raises:
             InvalidValue: the state has another number of rows than the observation.
         """
-        _check_rows(state, obs)
+        check_rows(state, obs)
         answers, following = [], {}
         for i, pipeline in enumerate(self.pipelines):
             prefix = f"{i}/"
@@ -156,10 +156,3 @@ def _recorded(record: Tensor | None) -> str | None:
     if record is None:
         return None
     return ", ".join(f"{name} {json.dumps(steps)}" for name, steps in json.loads(bytes(record.tolist())))
-
-
-def _check_rows(state: State | None, obs: Observation) -> None:
-    for key, part in (state or {}).items():
-        if len(part) != len(obs.context):
-            advice = "carry the state of the same completions from step to step"
-            raise InvalidValue(f"rows of state {key!r}", len(part), f"{len(obs.context)}, as the observation", advice)

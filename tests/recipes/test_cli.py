@@ -138,6 +138,20 @@ def test_headroom_says_whether_adaptation_can_help(folder: Path, asn_rl: Command
     assert "oracle - static" in done.stdout
 
 
+def test_headroom_of_rewards_that_compare_completions_compares_within_halves(folder: Path, asn_rl: Command) -> None:
+    reward = {"function": "distinct_ngrams", "arguments": {"n": 1}}
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB | {"rewards": [reward]}))
+    fast = ("compare.resamples=200", "bandit.folds=3")
+    assert asn_rl(*job("select", "run", *fast)).status == 0
+    assert asn_rl(*job("headroom", "run", *fast)).status == 0
+    report, selection = (
+        json.loads((folder / "run" / name).read_text()) for name in ("headroom.json", "selection.json")
+    )
+    assert report["split"] == "train"
+    for name in ("oracle", "static"):
+        assert report["rewards"][name]["mean"] == pytest.approx(selection["headroom"][name])
+
+
 def test_a_policy_is_promoted_only_on_evidence(folder: Path, asn_rl: Command) -> None:
     small = ["distill.epochs=1", "promotion={num_generations: 4, resamples: 200}"]
     assert asn_rl(*job("distill", "run", *small)).status == 0

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from asn_policies.base import PolicyModule
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.errors import InvalidValue
+from asn_rl.errors import ConfigError, InvalidValue
 from asn_rl.metrics import read_metrics
+from asn_rl.ops.advantages import group_advantages
 from asn_rl.rewards.compose import RewardConfig, RewardSuite
 from asn_rl.rollout import RolloutConfig
 from asn_rl.training import grpo, ppo
@@ -28,7 +29,7 @@ PROMPTS = [Prompt("p1", "w1"), Prompt("p2", "w2")]
 ROLLOUT = RolloutConfig(max_new_tokens=12, head=3, tail=1)
 SETTINGS = {"steps": 40, "prompts_per_step": 2, "num_generations": 64, "num_iterations": 2, "learning_rate": 0.2}
 CONFIGS = {
-    "grpo": (grpo.GRPOConfig(**SETTINGS, beta=0.0), grpo.train),
+    "grpo": (grpo.GRPOConfig(**SETTINGS, beta=0.0, advantage="batch"), grpo.train),
     "ppo": (ppo.PPOConfig(**SETTINGS, beta=0.0, critic_arguments={"width": 4, "point_width": 2}), ppo.train),
 }
 
@@ -158,3 +159,11 @@ class TestRefusals:
     def test_pass_at_k_takes_rewards_as_they_are(self) -> None:
         with pytest.raises(InvalidValue, match="budget must be null with advantage pass_at_k"):
             grpo.GRPOConfig(advantage="pass_at_k", budget=BudgetConfig(price=0.1))
+
+    def test_a_scale_in_which_the_price_cancels(self) -> None:
+        """Equal rewards: whatever the price is, the advantages of the group's standard deviation are the same."""
+        lengths = torch.tensor([[3.0, 5.0, 9.0]])
+        small, large = (group_advantages(0.5 - price * lengths) for price in (0.01, 0.1))
+        torch.testing.assert_close(small, large, atol=5e-3, rtol=0)
+        with pytest.raises(ConfigError, match=r"advantage group divides each group .* set advantage: batch or none"):
+            grpo.GRPOConfig(advantage="group", budget=BudgetConfig(price=0.1))

@@ -19,6 +19,7 @@ from asn_rl.data.sampler import PromptSampler
 from asn_rl.data.splits import SPLITS, split_slice
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import CheckpointError, ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.ops.context import check_context
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import OPTIONAL_INPUTS, Prompt
 
@@ -393,6 +394,16 @@ def test_optional_entries_that_were_not_recorded_stay_absent(toy: ToyBackend, fo
     loaded = load_trajectories(folder)
     assert loaded.observations.hidden is None
     assert loaded.extras == {}
+
+
+def test_a_context_out_of_its_documented_range_is_named(toy: ToyBackend, folder: Path):
+    out = rollout(Pipeline([]), toy, [Prompt("p", "w1")], RolloutConfig(max_new_tokens=4))
+    out.observations.context[1, 2] = 25.0
+    save_trajectories(folder, out)
+    with pytest.raises(InvalidValue, match=r"context entry 'entropy' must be in \[0, 20\], nats.*, got 25"):
+        load_trajectories(folder)
+    with pytest.raises(InvalidValue, match=r"context shape must be"):
+        check_context(torch.zeros(3, 2))
 
 
 def test_stored_trajectories_that_are_damaged_are_refused(toy: ToyBackend, folder: Path):

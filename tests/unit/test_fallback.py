@@ -54,6 +54,23 @@ def trajectories(policy: Any, backend: Any, **options: Any) -> Trajectories:
     return rollout(policy, backend, PROMPTS, RolloutConfig(10, 8, 4), num_generations=4, **options)
 
 
+def test_it_is_shown_what_the_policy_or_the_rule_reads(folder: Path):
+    repetition = [{"name": "repetition_penalty", "params": {"penalty": 1.3}}]
+    policy = Fallback.around(folder, repetition, {"entropy": [0.0, 0.5]})
+    assert "history" in policy.needs
+    out = trajectories(policy, ToyBackend.random(vocab=40, seed=0))
+    assert len(out) == 32
+    assert policy.fallback_share > 0
+
+
+def test_a_state_of_another_batch_is_named(folder: Path):
+    policy, obs = Fallback.around(folder, MIROSTAT, {"entropy": [0.0, 0.5]}), observation()
+    with pytest.raises(InvalidValue, match=r"rows of state .* must be 6, as the observation, got 1"):
+        policy(obs, policy.initial_state(1, torch.device("cpu")))
+    with pytest.raises(InvalidValue, match=r"rows of state '0/mu' must be 6, as the observation, got 4"):
+        Pipeline(MIROSTAT)(obs, Pipeline(MIROSTAT).initial_state(4, torch.device("cpu")))
+
+
 def test_rows_outside_are_the_rules_and_rows_inside_the_trained_policys(folder: Path):
     obs, trained = observation(), load_policy(folder)
     entropies = obs.context[:, NAMES.index("entropy")].sort().values

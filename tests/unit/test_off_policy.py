@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def enumerated() -> Trajectories:
     """Each completion as a prompt of its own, replayed at T = 1."""
     ids = every_completion()
     out, _ = replay(BASE, TOY, [Prompt(f"{i:03d}", "w2") for i in range(len(ids))], ids, CONFIG)
+    out = out.with_logprobs(out.behaviour_logprobs)  # every completion there is, each with its exact probability
     return out
 
 
@@ -358,10 +360,29 @@ class NeedsHidden(Pipeline):
         self.needs = frozenset({"hidden"})
 
 
+def spoilt() -> Trajectories:
+    logprobs = ALL.behaviour_logprobs.clone()
+    logprobs[3] = math.nan
+    return ALL.with_logprobs(logprobs)
+
+
+def test_a_text_of_unknown_origin_is_no_log() -> None:
+    log, rewards = toy_log(BASE, groups=2, size=1)
+    ids, config = log.completion_ids, RolloutConfig(max_new_tokens=max(map(len, log.completion_ids)))
+    replayed, _ = replay(BASE, TOY, log.prompts, ids, config)
+    with pytest.raises(DataError, match="the log has no propensities"):
+        tuning_curve({1.0: BASE}, replayed, rewards)
+    logprobs = [part.tolist() for part in log.behaviour_logprobs.split(log.lengths.tolist())]
+    given, _ = replay(BASE, TOY, log.prompts, ids, config, logprobs=logprobs)
+    assert given.recorded
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: log_ratios(NeedsHidden(), ALL), DataError, r"did not record hidden.*capture=\['hidden'\]"),
+        (lambda: log_ratios(BASE, replace(ALL, recorded=False)), DataError, "the log has no propensities"),
+        (lambda: log_ratios(BASE, spoilt()), DataError, r"the log-prob of token 3 in the log is nan"),
         (lambda: per_decision(BASE, ALL, ENDS[1:]), InvalidValue, "rewards shape must be"),
         (lambda: per_decision(BASE, ALL, ENDS, token_rewards=ENDS), InvalidValue, "token_rewards shape must be"),
         (lambda: per_decision(BASE, ALL, ENDS, ["a"]), InvalidValue, "strata must be 40 labels, one a completion"),

@@ -146,6 +146,17 @@ def test_masked_samples_and_prompts_count_nowhere_in_the_oracle():
     assert np.isfinite(split_half_oracle(hidden, one(3))).all()
 
 
+def test_the_order_of_the_arms_says_nothing():
+    """Arm 1 is best; where all are alike on a prompt it is chosen, wherever it stands."""
+    rewards = bernoulli(np.array([[0.2] * 40, [0.5] * 40, [0.3] * 40]), 4, 3)
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        assert split_half_oracle(rewards[order], one(40)) == pytest.approx(split_half_oracle(rewards, one(40)))
+    alike = np.zeros((2, 1, 2))
+    alike[1, 0, 1] = 0.5  # the first half knows no difference on this prompt, but prefers arm 1 elsewhere
+    rewards = np.concatenate([alike, np.array([[[0.0, 0.0]], [[1.0, 1.0]]])], 1)
+    assert split_half_oracle(rewards, one(2))[0] == pytest.approx((0.5 + 0.0 + 1 + 1) / 4)
+
+
 def test_the_oracle_needs_two_samples():
     with pytest.raises(InvalidValue, match="samples a prompt must be >= 2, got 1"):
         split_half_oracle(np.ones((2, 3, 1)), one(3))

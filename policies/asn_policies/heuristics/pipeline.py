@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from asn_policies.base import PolicyModule
+from asn_policies.base import PolicyModule, check_rows
 from asn_policies.heuristics.rules import RULES, Rule
 from asn_rl.errors import ConfigError, InvalidValue, UnknownName
 from asn_rl.ops.logprobs import normalize
@@ -65,6 +65,7 @@ class Pipeline(PolicyModule):
     def forward(self, obs: Observation, state: State | None = None) -> PolicyOutput:
         if state is None and any(rule.initial_state(1, obs.context.device) for rule in self.rules):
             raise InvalidValue("state", None, "what initial_state() or the last step returned", "a rule here has state")
+        check_rows(state, obs)
         logprobs, following = normalize(obs.sketch.log_mass), dict(state or {})
         for i, rule in enumerate(self.rules):
             prefix = f"{i}/"
