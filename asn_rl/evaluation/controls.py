@@ -13,11 +13,17 @@ from asn_rl.types import Observation, PolicyOutput, State
 _CONTEXT = ("hidden", "prompt_embedding", "condition")
 
 
+def mixed_order(count: int, seed: int) -> list[int]:
+    """Indices of `count` prompts, shuffled."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 class ShuffledContext(nn.Module):
     """The policy, but every completion sees the context vector, hidden state, prompt embedding and condition of another
     one of its batch, drawn anew at each token; the sketch is its own.
 
-    A policy that does as well like this owes nothing to its context. A batch of one is left as it is.
+    A policy that does as well like this owes nothing to its context. A batch of one is left as it is. Prompts of a kind
+    often lie together: complete them in `mixed_order`, or contexts are exchanged within a kind only.
 
     Args:
         seed: keys the exchange.

@@ -26,7 +26,9 @@ from asn_rl.training.ppo import PPOConfig
 from asn_rl.training.served import ServeConfig
 
 DISTILLED, RL = "distilled", "rl"
-CONTROLS = ("even mixture", "context-free", "shuffled context")
+SHUFFLED = "shuffled context"
+"""control: the policy when it sees the context of another completion"""
+CONTROLS = ("even mixture", "context-free", SHUFFLED)
 """names of the learned policies and of the controls in comparisons"""
 
 
@@ -132,8 +134,8 @@ class CompareConfig:
     seed: int = 2000
     """keys the draws"""
     controls: bool = False
-    """also compare with an even mixture of the heuristics, with a mixture trained like the policy that sees no context,
-    and with the policy when it sees the context of another completion"""
+    """also compare with an even mixture of the heuristics; with a mixture that sees no context, begins at the best
+    static rule and is trained like the policy; and with the policy when it sees the context of another completion"""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_generations", "resamples")

@@ -128,9 +128,12 @@ class Job:
         inner = {"policy": spec.name, "arguments": self._arguments(spec.name, spec.arguments)}
         return self._made(self.config.condition.policy, {"inner": inner, "condition": list(condition)})
 
-    def new_mixture(self) -> TrainablePolicy:
-        """An even mixture of the heuristics, the same at every token, whose shares can be trained."""
-        return self._made(self.config.mixture, {"context_free": True})
+    def new_mixture(self, start: str | None = None) -> TrainablePolicy:
+        """A mixture of the heuristics, the same in every context, whose shares can be trained: even, or mostly the
+        heuristic `start`."""
+        known = inspect.signature(load_attribute(self.config.mixture).__init__).parameters
+        free = {"context_free": True} if "context_free" in known else {}
+        return self._made(self.config.mixture, {"start": start, **free})
 
     def _made(self, name: str, given: Mapping[str, Any]) -> TrainablePolicy:
         cls, arguments = load_attribute(name), self._arguments(name, given)

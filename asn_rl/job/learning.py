@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,9 @@ from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run_arm, table
-from asn_rl.evaluation.controls import ShuffledContext
+from asn_rl.evaluation.controls import ShuffledContext, mixed_order
 from asn_rl.job.conditioning import lesson_of
-from asn_rl.job.config import CONTROLS, DISTILLED, RL, CompareConfig
+from asn_rl.job.config import CONTROLS, DISTILLED, RL, SHUFFLED, CompareConfig
 from asn_rl.job.job import BASE, GREEDY, Job
 from asn_rl.job.labelling import label, labels_of, prompts, reward_scores, select
 from asn_rl.labelling.selected import read_targets
@@ -183,13 +184,14 @@ def compare(job: Job) -> dict[str, Any]:
     selection, config = select(job), job.config.compare
     best = selection["best_static"]
     static = [job.static_rules[name] for name in dict.fromkeys([GREEDY, BASE, best])]
-    arms = [*static, *_learned_arms(job), *(_controls(job) if config.controls else [])]
+    arms = [*static, *_learned_arms(job), *(_controls(job, best) if config.controls else [])]
     prompts = job.prompts("test")
     strata = job.strata(prompts)
     results = []
     with progress("compare", len(arms)) as advance:
         for arm in arms:
-            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, config)
+            order = mixed_order(len(prompts), config.seed) if arm.name == SHUFFLED else range(len(prompts))
+            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, order, config)
             results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
             advance(1, arm.name)
     options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
@@ -214,11 +216,15 @@ def _learned_arms(job: Job) -> list[Arm]:
     return [*distilled, Arm(RL, reinforce(job))]
 
 
-def _controls(job: Job) -> list[Arm]:
-    """What the policy has to beat for its context to have mattered. Writes `controls/`."""
+def _controls(job: Job, best_static: str) -> list[Arm]:
+    """What the policy has to beat for its context to have mattered. Writes `controls/`.
+
+    The context-free mixture begins at the best static rule, so that it need not find in a few steps what the policy was
+    given by its warm start.
+    """
     folder = job.run / "controls" / "context-free"
     if not (folder / "policy").exists():
-        _train(job, job.new_mixture(), job.new_mixture(), folder)
+        _train(job, job.new_mixture(best_static), job.new_mixture(best_static), folder)
     shuffled = ShuffledContext(reinforce(job), seed=job.config.compare.seed)
     policies = (job.new_mixture(), load_policy(folder / "policy"), shuffled)
     return [Arm(name, policy) for name, policy in zip(CONTROLS, policies, strict=True)]
@@ -229,12 +235,16 @@ def _stored_rollout(
     folder: Path,
     arm: Arm,
     prompts: Sequence[Prompt],
+    order: Sequence[int],
     config: CompareConfig,
 ) -> Trajectories:
-    """What `folder` holds, or a rollout that is then stored there."""
+    """What `folder` holds, or a rollout that is then stored there. Prompts are completed in `order`, batch by batch,
+    and stored in their own."""
     if folder.exists():
         return load_trajectories(folder)
     samples, seed = config.num_generations, config.seed
-    trajectories = run_arm(arm, job.backend, prompts, job.config.rollout, samples, seed)
+    drawn = run_arm(arm, job.backend, [prompts[i] for i in order], job.config.rollout, samples, seed)
+    places = np.argsort(order)
+    trajectories = drawn.select([int(place) * samples + k for place in places for k in range(samples)])
     save_trajectories(folder, trajectories)
     return trajectories
