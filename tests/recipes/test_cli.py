@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from asn_rl.backends import BackendConfig, shared_backend
+from asn_rl.checkpoint import load_policy
 from asn_rl.cli import main
+from asn_rl.data.store import load_trajectories
 from asn_rl.job.config import CONTROLS
 from asn_rl.rewards.corpus import corpus_coverage
 
@@ -107,7 +110,10 @@ def test_the_whole_job_leaves_what_its_stages_promise(folder: Path, asn_rl: Comm
     "settings",
     [
         ["policy={name: asn_policies:TokenStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
-        ["policy={name: asn_policies:SequenceStrategy, arguments: {inputs: [prompt_embedding], width: 8}}"],
+        [
+            "policy={name: asn_policies:SequenceStrategy, arguments: {inputs: [prompt_embedding], width: 8}}",
+            "mixture=asn_policies:SequenceStrategy",
+        ],
         ["policy={name: asn_policies:TwoSlopeWarp, arguments: {width: 8}}", "algorithm=ppo"],
         ["policy={name: asn_policies:TokenStrategy, arguments: {width: 8}}", "algorithm=lpo", "lpo={epochs: 2}"],
     ],
@@ -125,6 +131,12 @@ def test_a_policy_may_begin_at_its_own_start_and_meet_its_controls(
     assert list(comparison["rl_against"]) == list(CONTROLS)
     assert not (folder / "run" / "distilled").exists()
     assert (folder / "run" / "start").exists()
+    shuffled, plain = (load_trajectories(folder / "run" / "comparison" / name) for name in ("shuffled context", "rl"))
+    assert [prompt.id for prompt in shuffled.prompts] == [prompt.id for prompt in plain.prompts]
+    mixture = load_policy(folder / "run" / "controls" / "context-free" / "policy")
+    assert not mixture.needs & {"prompt_embedding", "hidden"}
+    shares = torch.softmax(mixture.get_parameter("gate.logits"), -1)
+    assert mixture.names[int(shares.argmax())] == comparison["best_static"], "where it begins"
     assert (folder / "run" / "report.html").exists()
     assert asn_rl(*job("report", "run", *own)).stdout.count("shuffled context") == 1
 

@@ -6,7 +6,7 @@ import torch
 
 from asn_policies import OrderStatisticsNetwork, Pipeline
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.evaluation.controls import ShuffledContext
+from asn_rl.evaluation.controls import ShuffledContext, mixed_order
 from asn_rl.ops.context import CONTEXT_SIZE
 from asn_rl.ops.sketch import SketchSize, build_sketch
 from asn_rl.rollout import RolloutConfig, rollout
@@ -51,3 +51,13 @@ def test_a_policy_that_reads_no_context_is_the_same_when_it_is_shuffled() -> Non
     rule = Pipeline([{"name": "top_p", "params": {"top_p": 0.8}}, {"name": "mirostat", "params": {"tau": 50.0}}])
     plain = rollout(rule, backend, prompts, config)
     assert rollout(ShuffledContext(rule), backend, prompts, config).completions == plain.completions
+
+
+def test_prompts_are_mixed_before_contexts_are_exchanged() -> None:
+    """Prompts of two kinds, kind by kind, in batches of one kind each: in a mixed order half of the contexts are of the
+    other kind, and nothing else changes."""
+    order = mixed_order(40, seed=1)
+    assert sorted(order) == list(range(40))
+    kinds = [[index < 20 for index in order[low : low + 10]] for low in range(0, 40, 10)]
+    assert all(0 < sum(batch) < 10 for batch in kinds)
+    assert mixed_order(40, seed=1) == order != mixed_order(40, seed=2)
