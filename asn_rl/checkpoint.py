@@ -130,8 +130,12 @@ def _check_format(path: Path, raw: Any) -> None:
         )
 
 
-def load_policy(folder: str | Path) -> TrainablePolicy:
+def load_policy(folder: str | Path, **changes: Any) -> TrainablePolicy:
     """The policy a folder holds, whatever its class. The class is imported by the name the folder gives.
+
+    Args:
+        changes: constructor arguments in the place of those it was saved with, for inference: `hard_cut=True` cuts
+            exactly where training cut softly, `argmax=True` takes a gate's likeliest strategy alone.
 
     Raises:
         CheckpointError: damaged, of a newer format, or not a policy: only an `nn.Module` class is ever called.
@@ -141,10 +145,11 @@ def load_policy(folder: str | Path) -> TrainablePolicy:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CheckpointError(f"{folder} names {config.policy!r} as its policy, which is not an nn.Module class")
     try:
-        module = cls(**config.arguments)
+        module = cls(**{**config.arguments, **changes})
     except TypeError as error:
         raise CheckpointError(
-            f"{config.policy} does not take the arguments in {folder}: {error}. Use the version it was saved with"
+            f"{config.policy} does not take the arguments in {folder} or those given: {error}. Use the version it was "
+            "saved with"
         ) from error
     if not isinstance(module, TrainablePolicy):
         raise CheckpointError(f"{folder} names {config.policy!r}, which is not a policy (asn_rl.protocols)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from asn_policies import OrderStatisticsNetwork
 from asn_policies.order_statistics import _STEEPNESS, GLOBAL_FEATURES, POINT_FEATURES, global_features, point_features
-from asn_rl.errors import InvalidValue
+from asn_rl.checkpoint import load_policy, save_policy
+from asn_rl.errors import CheckpointError, InvalidValue
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch
 from asn_rl.types import Observation
@@ -81,6 +83,15 @@ def test_a_learned_gate_becomes_an_exact_nucleus() -> None:
     assert torch.equal(cut > -math.inf, kept)
     soft = gated(False)(obs).logprobs[:, :40]
     assert torch.isfinite(soft).all()
+
+
+def test_a_policy_that_was_trained_softly_cuts_exactly_when_asked(tmp_path: Path) -> None:
+    save_policy(tmp_path / "soft", gated(False), base_model="toy", fingerprint="toy-1")
+    hard = load_policy(tmp_path / "soft", hard_cut=True)
+    obs = observe(LOGITS)
+    assert torch.equal(hard(obs).logprobs, gated(True)(obs).logprobs)
+    with pytest.raises(CheckpointError, match="does not take the arguments .*hardcut"):
+        load_policy(tmp_path / "soft", hardcut=True)
 
 
 def test_the_most_probable_point_survives_any_gate() -> None:
