@@ -90,7 +90,7 @@ def test_a_policy_that_was_trained_softly_cuts_exactly_when_asked(tmp_path: Path
     hard = load_policy(tmp_path / "soft", hard_cut=True)
     obs = observe(LOGITS)
     assert torch.equal(hard(obs).logprobs, gated(True)(obs).logprobs)
-    with pytest.raises(CheckpointError, match="does not take the arguments .*hardcut"):
+    with pytest.raises(CheckpointError, match=r"does not take the arguments .*hardcut"):
         load_policy(tmp_path / "soft", hardcut=True)
 
 
