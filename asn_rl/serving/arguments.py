@@ -6,7 +6,6 @@ Works on any object with the attributes of vLLM's `SamplingParams`; no engine is
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,7 @@ class Arguments:
     policy: str
     budget: int
     label: str
-    """the client's name for the request"""
+    """name under which its failure is reported"""
 
     @classmethod
     def of(cls, params: Any) -> Arguments | None:
@@ -57,15 +56,16 @@ class Arguments:
         if POLICY_ARGUMENT not in extra:
             return None
         budget = extra.get(BUDGET_ARGUMENT, params.max_tokens)
-        return cls(extra[POLICY_ARGUMENT], budget, str(extra.get(REQUEST_ARGUMENT, "request")))
+        return cls(extra[POLICY_ARGUMENT], budget, str(extra[REQUEST_ARGUMENT]))
 
 
 def check_params(params: Any) -> None:
-    """Refuse a request that its policy cannot serve, and give it a name (`asn_request`) if it has none.
+    """Refuse a request that its policy cannot serve.
 
     Raises:
         InvalidValue: another sampler beside the policy, or an argument that makes no sense.
-        ConfigError: no such policy, a policy for another base model, or an engine that serves none.
+        ConfigError: no such policy, a policy for another base model, an engine that serves none, or a request without
+            a name (`asn_request`), whose client would not be told that the policy failed.
     """
     extra = params.extra_args or {}
     if unknown := sorted(name for name in extra if name.startswith(PREFIX) and name not in _KNOWN):
@@ -74,13 +74,19 @@ def check_params(params: Any) -> None:
         if given := sorted(extra.keys() & set(_KNOWN)):
             raise ConfigError(f"{given[0]} is given without {POLICY_ARGUMENT}; name a policy, or leave it out")
         return
+    if REQUEST_ARGUMENT not in extra:
+        raise ConfigError(
+            f"{REQUEST_ARGUMENT} is missing, so nobody would be told if the policy failed. The middleware "
+            "asn_rl.serving.reports.PolicyReports names requests whose vllm_xargs name a policy: send it there, to a "
+            "server started with python -m asn_rl.serving.vllm_server; without a server, give each request a name of "
+            "its own and look for it among the reported failures"
+        )
     _check_neutral(params)
     _check_budget(extra.get(BUDGET_ARGUMENT), params.max_tokens)
     try:
         _check_policy(settings_from_environment(), extra[POLICY_ARGUMENT])
     except AsnError as error:
         raise _plain(error) from error
-    params.extra_args = {REQUEST_ARGUMENT: uuid.uuid4().hex} | extra
 
 
 def _check_neutral(params: Any) -> None:

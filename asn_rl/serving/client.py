@@ -72,6 +72,11 @@ class EngineClient(Protocol):
         """
         ...
 
+    def health(self) -> dict[str, dict[str, Any]]:
+        """By address: what `asn_rl.serving.status.read_status` says there (counts by policy, failures), or
+        {"problem": what is wrong}."""
+        ...
+
 
 class PooledClient(ABC):
     """A client of servers of one kind. Use it as a context manager.
@@ -119,8 +124,7 @@ class PooledClient(ABC):
         return [self._served(answers[i]) for i in range(len(prompt_ids) * num_generations)]
 
     def health(self) -> dict[str, dict[str, Any]]:
-        """By address: what `asn_rl.serving.status.read_status` says there (counts by policy, failures), or
-        {"problem": what is wrong}."""
+        """See `EngineClient.health`."""
         return {url.rstrip("/"): _status(url.rstrip("/") + STATUS_PATH, self.config) for url in self.config.urls}
 
     @abstractmethod

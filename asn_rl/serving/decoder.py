@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from asn_rl.checkpoint import check_compatible, load_policy, read_policy_config
 from asn_rl.errors import InvalidValue, ServingError
 from asn_rl.observing import checked_needs, history_entry
 from asn_rl.ops.context import context_vector
 from asn_rl.ops.history import History, empty_history, remember
 from asn_rl.ops.sketch import PointMap, SketchSize, build_sketch, expand, points_of
 from asn_rl.placement import device_of, place
-from asn_rl.protocols import Policy
+from asn_rl.protocols import Policy, TrainablePolicy
 from asn_rl.rollout import checked_probs
 from asn_rl.serving.table import LastLogits, Table
 from asn_rl.types import Observation
@@ -158,6 +160,19 @@ class PolicyDecoder:
         if "history" not in self.needs:
             return None
         return History(*(known[f"history/{name}"] for name in ("tokens", "count", "last")))
+
+
+def load_served(folder: Path, fingerprint: str | None) -> tuple[TrainablePolicy, SketchSize]:
+    """The policy of a folder, and the size of the sketches it was trained on (the default if the folder says none).
+
+    Args:
+        fingerprint: of the base model; None: not compared.
+
+    Raises:
+        CheckpointError: the folder holds no whole policy, or one of another base model.
+    """
+    config = read_policy_config(folder) if fingerprint is None else check_compatible(folder, fingerprint=fingerprint)
+    return load_policy(folder), SketchSize(**config.sketch or {})
 
 
 _MAP = ("head_ids", "head_slot", "boundary", "log_normalizer", "own_ids", "order")

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from asn_rl.checkpoint import CONFIG, WEIGHTS, check_compatible, load_policy, read_policy_config
-from asn_rl.errors import CheckpointError, UnknownName
-from asn_rl.ops.sketch import SketchSize
-from asn_rl.serving.decoder import PolicyDecoder, Row
+from asn_rl.checkpoint import CONFIG, WEIGHTS
+from asn_rl.errors import CheckpointError, ServingError, UnknownName
+from asn_rl.serving.decoder import PolicyDecoder, Row, load_served
 from asn_rl.serving.settings import ServingSettings, settings_from_environment
 from asn_rl.serving.status import Failure, StatusFile
 
@@ -101,13 +100,13 @@ class PolicyHost:
             if isinstance(found, _Version):
                 found.decoder.forget([key])
 
-    def fail(self, request: ServedRequest, reason: str) -> Failure:
-        """Have a request sampled plainly to its end, and report it, once."""
+    def fail(self, request: ServedRequest, reason: str, *, transient: bool = False) -> Failure:
+        """Have a request sampled plainly to its end, and report it, once. `transient`: see `Failure`."""
         known = self._requests.get(request.key)
         if isinstance(known, Failure):
             return known
         self.forget([request.key])
-        failure = Failure(request.key, request.policy, reason)
+        failure = Failure(request.key, request.policy, reason, transient)
         self._requests[request.key] = failure
         self.status.failed(failure)
         return failure
@@ -120,7 +119,7 @@ class PolicyHost:
     def _version_of(self, request: ServedRequest) -> _Version | Failure:
         known = self._requests.get(request.key)
         if known is None:
-            known = self.fail(request, _NOT_SEEN) if request.tokens else self._begin(request)
+            known = self.fail(request, _NOT_SEEN, transient=True) if request.tokens else self._begin(request)
         return known
 
     def _begin(self, request: ServedRequest) -> _Version | Failure:
@@ -153,7 +152,8 @@ class PolicyHost:
                         result[i : i + 1] = version.decoder(result[i : i + 1], [row])
                         self.status.count(version.name, "tokens")
                     except Exception as error:
-                        failures.append(self.fail(requests[i], f"{type(error).__name__}: {error}"))
+                        reason, transient = f"{type(error).__name__}: {error}", isinstance(error, ServingError)
+                        failures.append(self.fail(requests[i], reason, transient=transient))
         return result
 
     def _newest(self, name: str) -> _Version:
@@ -191,12 +191,9 @@ class PolicyHost:
             if _stamp(folder) != stamp:
                 raise CheckpointError(f"{folder} is being written; write beside it and rename (`save_policy` does)")
             try:
-                if self.settings.fingerprint is not None:
-                    check_compatible(copy, fingerprint=self.settings.fingerprint)
-                policy, sketch = load_policy(copy), read_policy_config(copy).sketch
+                policy, size = load_served(copy, self.settings.fingerprint)
             except CheckpointError as error:
                 raise CheckpointError(str(error).replace(str(copy), str(folder))) from error
-        size = SketchSize(**sketch) if sketch else SketchSize()
         return PolicyDecoder(policy, size=size, tracked=self.settings.tracked)
 
 

@@ -14,7 +14,7 @@ FINGERPRINT, TRACKED = "ASN_RL_FINGERPRINT", "ASN_RL_TRACKED"
 """environment variables of `ServingSettings`"""
 
 POLICY_ARGUMENT, BUDGET_ARGUMENT, REQUEST_ARGUMENT = "asn_policy", "asn_budget", "asn_request"
-"""names of a request's own arguments: the policy, the tokens it may have in all, the client's name for the request"""
+"""names of a request's own arguments: the policy, the tokens it may have in all, the name of the request in reports"""
 
 STATUS_PATH = "/asn_rl/status"
 """where servers answer GET with what `asn_rl.serving.status.read_status` says"""

@@ -8,7 +8,8 @@ policy's name and the token budget `asn_budget` (default: max_new_tokens), is in
 the server from its folder of policies, and read again when they change (`asn_rl.serving.host`).
 
 What a request asks for is what it gets, or it fails: with status 400 if it asks for another sampler beside the policy
-(temperature, top-p, penalties, ...), with status 422 and the reason if its policy cannot answer. Other requests go on.
+(temperature, top-p, penalties, ...), with status 422 and the reason if its policy cannot answer, with 503 if the server
+lost its place and the request may be sent again. Other requests go on.
 Masks (a grammar, a bias, min_new_tokens) are no samplers: what they ban, the policy does not see.
 
 Security. With SGLang's flag --enable-custom-logit-processor a request can carry a pickled class, which the server
@@ -89,13 +90,14 @@ class EngineRequests:
 
     def __call__(self, logits: Tensor, parameters: Sequence[Any]) -> Tensor:
         """(B, V) log-weights for next-token logits (B, V); SGLang ends requests that fail after this step."""
-        rows, asked = [], []
+        rows, asked, lost = [], [], [i for i, own in enumerate(parameters) if not _is_known(own)]
         for i, own in enumerate(parameters):
             if not _draws(own):
                 continue
             request = own[_REQUEST]
             if not request.output_ids and (problem := other_sampler(request.sampling_params)):
                 _fail(request, problem)
+                lost.append(i)
                 continue
             budget = own.get(BUDGET_ARGUMENT) or request.sampling_params.max_new_tokens
             rows.append(i)
@@ -104,14 +106,15 @@ class EngineRequests:
         whole = len(rows) == len(parameters)
         weights, failures = self.host(logits if whole else logits[rows], asked)
         for failure in failures:
-            _fail(self._live[str(failure.key)], failure.reason)
+            _fail(self._live[str(failure.key)], failure.reason, transient=failure.transient)
         self._forget_ended({request.key for request in asked})
-        if whole:
-            return weights
-        result = logits.clone()
-        result[rows] = weights.to(result.dtype)
-        lost = [i for i, own in enumerate(parameters) if not _is_known(own)]
-        result[lost] = _nothing(result[lost])
+        failed = {failure.key for failure in failures}
+        lost += [row for row, request in zip(rows, asked, strict=True) if request.key in failed]
+        result = weights if whole else logits.clone()
+        if not whole:
+            result[rows] = weights.to(result.dtype)
+        if lost:
+            result[lost] = _nothing(result[lost])
         return result
 
     def _forget_ended(self, present: Collection[Any]) -> None:
@@ -151,11 +154,12 @@ def _has_ended(request: Any) -> bool:
         return True
 
 
-def _fail(request: Any, reason: str) -> None:
+def _fail(request: Any, reason: str, *, transient: bool = False) -> None:
     """Have SGLang end a request with an error after this step."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT  # type: ignore[import-not-found]
 
-    request.to_finish = FINISH_ABORT(reason, HTTPStatus.UNPROCESSABLE_ENTITY, "PolicyFailure")
+    status = HTTPStatus.SERVICE_UNAVAILABLE if transient else HTTPStatus.UNPROCESSABLE_ENTITY
+    request.to_finish = FINISH_ABORT(reason, status, "PolicyFailure")
 
 
 def _all_fail(logits: Tensor, parameters: Sequence[Any], reason: str) -> Tensor:
@@ -167,8 +171,8 @@ def _all_fail(logits: Tensor, parameters: Sequence[Any], reason: str) -> Tensor:
 
 
 def _nothing(logits: Tensor) -> Tensor:
-    """Token 0 and no other, for rows whose request SGLang does not tell us: they cannot be ended, only be seen to
-    have failed."""
+    """Token 0 and no other, for rows that fail. SGLang draws from a row once more before it ends the request, also
+    where the base model's logits are NaN; a row whose request it does not tell us can only be seen to have failed."""
     result = torch.full_like(logits, -torch.inf)
     result[:, 0] = 0.0
     return result

@@ -35,6 +35,8 @@ class Failure:
     key: Hashable
     policy: str
     reason: str
+    transient: bool = False
+    """the request may be served if it is sent again: the engine lost its place, the policy is not at fault"""
 
 
 class StatusFile:
@@ -66,7 +68,7 @@ class StatusFile:
 
     def failed(self, failure: Failure) -> None:
         LOG.error("request %s with policy %r gets plain sampling: %s", failure.key, failure.policy, failure.reason)
-        entry = {"key": str(failure.key), "policy": failure.policy, "reason": failure.reason, "time": time.time()}
+        entry = vars(failure) | {"key": str(failure.key), "time": time.time()}
         with self._lock:
             self.failures.append(entry)
             self.count(failure.policy, "failed")
@@ -94,7 +96,8 @@ def read_status(folder: str | Path) -> dict[str, Any]:
     """Counts by policy, summed over the processes that wrote into a folder, and their failures.
 
     Returns:
-        `processes` (number), `policies` (counts by name), `failures` (key, policy, reason, time; oldest first).
+        `processes` (number), `policies` (counts by name), `failures` (key, policy, reason,
+            transient, time; oldest first).
 
     Raises:
         ServingError: a file is damaged.

@@ -1,6 +1,6 @@
 """A policy inside transformers: `generate` and continuous batching.
 
-    with decoding(model, policy):
+    with decoding(model, "runs/demo/policy"):
         model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=64)
 
 Continuous batching (`model.generate_batch`) needs `ContinuousBatchingConfig(per_request_processors=True)`.
@@ -14,36 +14,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.continuous_batching.cb_logits_processors import (
     CLASSIC_TO_CB_PROCESSORS_MAP,
     ContinuousBatchingLogitsProcessor,
 )
 
-from asn_rl.errors import ServingError
+from asn_rl.backends.fingerprint import fingerprint
+from asn_rl.errors import InvalidValue, ServingError
 from asn_rl.ops.sketch import SketchSize
 from asn_rl.protocols import Policy
-from asn_rl.serving.decoder import PolicyDecoder, Row
+from asn_rl.serving.decoder import PolicyDecoder, Row, load_served
+
+__all__ = ["decoding"]
 
 _HOOK = "_get_logits_processor"
 
 
-class PolicyLogitsProcessor(LogitsProcessor):
-    """The policy in one call of `generate`.
+@dataclass(frozen=True)
+class _Served:
+    """A policy, and what its decoders are told."""
+
+    policy: Policy
+    size: SketchSize
+    tracked: int
+
+    def decoder(self) -> PolicyDecoder:
+        return PolicyDecoder(self.policy, size=self.size, tracked=self.tracked)
+
+
+class _PolicyProcessor(LogitsProcessor):
+    """The policy in one call of `generate`. A processor sees no other samplers: only `decoding`, which does, makes it.
 
     Args:
         prompt_length: tokens of the padded prompts.
         budget: tokens each completion may have.
     """
 
-    def __init__(
-        self, policy: Policy, *, prompt_length: int, budget: int, size: SketchSize | None = None, tracked: int = 32
-    ) -> None:
-        self.decoder = PolicyDecoder(policy, size=size, tracked=tracked)
+    def __init__(self, served: _Served, *, prompt_length: int, budget: int) -> None:
+        self.decoder = served.decoder()
         self.prompt_length, self.budget = prompt_length, budget
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -57,8 +79,8 @@ class _Placeholder(LogitsProcessor):
 
     supports_continuous_batching = True  # else it would be dropped with a warning, and plain sampling be the result
 
-    def __init__(self, policy: Policy, size: SketchSize | None, tracked: int) -> None:
-        self.policy, self.size, self.tracked = policy, size, tracked
+    def __init__(self, served: _Served) -> None:
+        self.served = served
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         raise ServingError(
@@ -67,14 +89,14 @@ class _Placeholder(LogitsProcessor):
         )
 
 
-class ContinuousPolicyProcessor(ContinuousBatchingLogitsProcessor):
+class _ContinuousPolicyProcessor(ContinuousBatchingLogitsProcessor):
     """The policy in continuous batching, where requests join and leave. Not for captured CUDA graphs."""
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (declared so by transformers)
     ignored_kwargs = ()
 
     def __init__(self, made_for: _Placeholder) -> None:
-        self.decoder = PolicyDecoder(made_for.policy, size=made_for.size, tracked=made_for.tracked)
+        self.decoder = made_for.served.decoder()
         self._rows: list[Row] = []
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
@@ -92,23 +114,45 @@ class ContinuousPolicyProcessor(ContinuousBatchingLogitsProcessor):
         return torch.cat([self.decoder(scores[:count], self._rows).to(scores.dtype), scores[count:]])
 
 
-CLASSIC_TO_CB_PROCESSORS_MAP[_Placeholder] = ContinuousPolicyProcessor
+CLASSIC_TO_CB_PROCESSORS_MAP[_Placeholder] = _ContinuousPolicyProcessor
 
 
 @contextmanager
 def decoding(
-    model: PreTrainedModel, policy: Policy, *, size: SketchSize | None = None, tracked: int = 32
+    model: PreTrainedModel,
+    policy: str | Path | Policy,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    any_base_model: bool = False,
+    size: SketchSize | None = None,
+    tracked: int = 32,
 ) -> Iterator[None]:
     """Inside, `model.generate` and the model's continuous batching sample as the policy says.
 
     Every call of `generate` begins anew, also for policies that carry state.
 
     Args:
-        size: of the sketches the policy was trained on (`sketch` in its config.json).
+        policy: the folder of a saved policy; or a policy in memory, whose base model is not known here.
+        tokenizer: the model's, which belongs to its fingerprint; None: the one beside the model (`name_or_path`).
+        any_base_model: do not compare a folder's base model with this one.
+        size: of the sketches that a policy in memory was trained on; a folder says it itself.
+        tracked: see `RolloutConfig.tracked`.
 
     Raises:
-        ServingError: inside, on a call that would sample otherwise: greedy or beam search, or another sampler.
+        CheckpointError: the folder holds no whole policy, or one of another base model.
+        InvalidValue: `size` is missing, or given with a folder; the policy reads what a processor does not see.
+        ServingError: the tokenizer cannot be found; inside, a call that would sample otherwise: greedy or beam search,
+            or another sampler.
     """
+    if isinstance(policy, str | Path):
+        if size is not None:
+            raise InvalidValue("size", size, "left out with a saved policy", "its folder says it")
+        policy, size = load_served(Path(policy), None if any_base_model else _fingerprint(model, tokenizer))
+    elif size is None:
+        advice = "a sketch of another size is another input; or give the folder of the saved policy, which says it"
+        raise InvalidValue("size", size, "the SketchSize that the policy was trained on", advice)
+    served = _Served(policy, size, tracked)
+    served.decoder()  # refuses a policy that cannot be served
     own = getattr(model, _HOOK)
 
     def hook(
@@ -118,11 +162,9 @@ def decoding(
         built = own(generation_config, input_ids_seq_length, *args, **kw)
         _check(generation_config, [p for p in built if not any(p is mine for mine in given)])
         if input_ids_seq_length is None:
-            return LogitsProcessorList([*built, _Placeholder(policy, size, tracked)])
+            return LogitsProcessorList([*built, _Placeholder(served)])
         budget = generation_config.max_length - input_ids_seq_length
-        last = PolicyLogitsProcessor(
-            policy, prompt_length=input_ids_seq_length, budget=budget, size=size, tracked=tracked
-        )
+        last = _PolicyProcessor(served, prompt_length=input_ids_seq_length, budget=budget)
         return LogitsProcessorList([*built, last])
 
     vars(model)[_HOOK] = hook  # nn.Module's own __setattr__ does nothing else with a function
@@ -130,6 +172,18 @@ def decoding(
         yield
     finally:
         del vars(model)[_HOOK]
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is not None:
+        return fingerprint(model.config, tokenizer)
+    try:
+        return fingerprint(model.config, AutoTokenizer.from_pretrained(model.name_or_path))
+    except (OSError, ValueError) as error:
+        raise ServingError(
+            f"the policy's base model cannot be compared with this one, whose tokenizer is not at "
+            f"{model.name_or_path!r} ({error}); give tokenizer=, or any_base_model=True"
+        ) from error
 
 
 def _check(config: GenerationConfig, others: Sequence[Any]) -> None:

@@ -1,13 +1,15 @@
 """A policy inside vLLM: one logits processor for all requests and for both model runners.
 
     vllm serve MODEL --logits-processors asn_rl.serving.vllm:PolicyLogitsProcessor --logprobs-mode processed_logprobs
+        --middleware asn_rl.serving.reports.PolicyReports
 
 (`python -m asn_rl.serving.vllm_server` sets the rest too.) A request names its policy in `vllm_xargs`:
 {"asn_policy": "math"}; one without is left alone. Written for vLLM 0.32. Requests carry names and numbers, never code.
 
 vLLM says neither which request a row belongs to nor why a row goes. Rows are followed from joining to leaving; one that
 leaves before its end may have been preempted, is remembered for a while, and found again by its name and tokens. The
-V1 runner shows a preempted request that is recomputed in several chunks at every chunk: it fails then, and says so.
+V1 runner shows a preempted request that is recomputed in several chunks at every chunk: it fails then, for the client
+to send it again.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ class _Requests:
         """Fail requests whose rows are no longer known for certain."""
         LOG.error("the rows of vLLM's batch are lost", exc_info=error)
         for request in requests:
-            self.host.fail(_served(request), f"its row was lost: {type(error).__name__}: {error}")
+            reason = f"its row was lost: {type(error).__name__}: {error}; send the request again"
+            self.host.fail(_served(request), reason, transient=True)
 
     def apply(self, logits: Tensor, index: Sequence[int], requests: Sequence[_Followed]) -> Tensor:
         """The rows `index` of logits (B, V) replaced by their policies' log-weights."""

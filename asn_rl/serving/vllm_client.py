@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from asn_rl.backends.server_generation import PATHS, Kind, sampling_params
 from asn_rl.serving.client import PooledClient
-from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT, REQUEST_ARGUMENT
+from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT
 
 
 class VLLMClient(PooledClient):
     """Completions from vLLM servers that `asn_rl.serving.vllm_server` started.
 
-    Every request has a name of its own; one whose policy failed comes back as failed, with the reason.
+    A request whose policy failed comes back as failed, with the reason.
     """
 
     kind: Kind = "vllm"
@@ -29,5 +28,4 @@ class VLLMClient(PooledClient):
             body["seed"] = seed
         if policy is None:
             return body
-        arguments = {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: max_new_tokens, REQUEST_ARGUMENT: uuid.uuid4().hex}
-        return body | {"vllm_xargs": arguments}
+        return body | {"vllm_xargs": {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: max_new_tokens}}

@@ -29,7 +29,7 @@ from asn_rl.serving.host import policy_names
 from asn_rl.serving.launching import launcher_parser, parsed, serving_settings
 from asn_rl.serving.settings import STATUS_PATH, ServingSettings
 
-PROCESSOR, MIDDLEWARE = "asn_rl.serving.vllm:PolicyLogitsProcessor", "asn_rl.serving.reports.policy_reports"
+PROCESSOR, MIDDLEWARE = "asn_rl.serving.vllm:PolicyLogitsProcessor", "asn_rl.serving.reports.PolicyReports"
 
 _ON_CPUS = ("--enforce-eager", "--no-enable-chunked-prefill")
 """vLLM 0.32 on CPUs dies of a request with a seed whose prompt is read in chunks ("CPU Generator does not use

@@ -4,6 +4,8 @@ Before a step the policy is written to the folder in which the servers look for 
 next request begins. What comes back is token ids with the log-probs they were drawn with, and neither is ever turned
 into text and back. One teacher-forced pass of the training backend gives everything else.
 
+A server that cannot read what was written goes on with the version before; where it reports that, the run ends.
+
 An engine computes in other arithmetic than the backend, and after a write may still answer with the version before.
 So the update has two ratios (truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly
 brings you off-policy RL training"): PPO's between the new policy and the replayed one, which is clipped, and the
@@ -117,17 +119,21 @@ class ServedSampler:
 
         Raises:
             InvalidValue: the policy reads what no engine hands over.
-            TrainingError: no server answered, or none of the completions can be used.
+            TrainingError: no server answered, one could not read the policy, or none of the completions can be used.
         """
         if beyond := checked_needs(policy) - SERVED_INPUTS:
             allowed = f"some of {sorted(SERVED_INPUTS)} where servers sample"
             raise InvalidValue("policy.needs", sorted(beyond), allowed, "leave `serve` out: sample in this process")
+        refused: dict[str, tuple[int, str]] = {}
         with parallel.main_first():
             if parallel.is_main():
                 save_policy(Path(self.config.policies) / self.config.name, policy, **self.metadata)
+                refused = self._refused_loads()  # after the write: a request amid it may have met half a folder
         prompt_ids = encoded_prompts(self.backend, prompts, self.rollout_config.max_new_tokens)
         seeds = [derived_seed(seed, prompt.id) for prompt in prompts]
         answers = self._ask(prompt_ids, num_generations, seeds)
+        if parallel.is_main():
+            self._check_read(refused)
         places = [(i, g) for i in range(len(prompts)) for g in range(num_generations)]
         found = [(i, g, answer) for (i, g), answer in zip(places, answers, strict=True) if answer.failed is None]
         _report(answers)
@@ -171,6 +177,21 @@ class ServedSampler:
                 time.sleep(self.config.pool.backoff_s)
                 continue
             return [self._whole(answer) for answer in answers]
+
+    def _refused_loads(self) -> dict[str, tuple[int, str]]:
+        """By address: how many versions of the policy a server could not read, and what was wrong with the last.
+        Without servers that do not tell (dead ones, a router)."""
+        told = {url: found["policies"] for url, found in self.client.health().items() if "policies" in found}
+        entries = {url: policies.get(self.config.name, {}) for url, policies in told.items()}
+        return {url: (entry.get("refused_loads", 0), entry.get("error", "")) for url, entry in entries.items()}
+
+    def _check_read(self, before: dict[str, tuple[int, str]]) -> None:
+        """`TrainingError` where a server has refused a version since: it answers with an older one, or not at all."""
+        for url, (count, reason) in self._refused_loads().items():
+            if url in before and count > before[url][0]:
+                raise TrainingError(
+                    f"{url} could not read the policy {self.config.name!r} of this step: {reason}. {_ADVICE}"
+                )
 
     def _whole(self, answer: Served) -> Served:
         """The completion up to its first end; failed where it neither ends nor fills the token budget."""

@@ -121,8 +121,13 @@ def test_a_failing_policy_fails_its_requests_and_no_others(
     assert "not beyond the first token" in broken.failed
     assert broken.completion_ids == []
     served_or_raise(client.complete(ids, policy=GREEDY, max_new_tokens=6))
+    for stream in (False, True):  # by somebody else's client, which names no request
+        answer = running.post(max_tokens=6, stream=stream, vllm_xargs={"asn_policy": "breaking"})
+        assert answer.status_code == 422
+        assert "not beyond the first token" in answer.json()["error"]["message"]
+    assert running.post(stream=True, vllm_xargs={"asn_policy": GREEDY}).text.startswith("data: ")
     status = httpx.get(running.url + STATUS_PATH).json()
-    assert status["policies"]["breaking"]["failed"] == 1
+    assert status["policies"]["breaking"]["failed"] == 3
     assert status["policies"][GREEDY]["failed"] == 0
 
 

@@ -1,7 +1,7 @@
 """A small inference engine over HTTP: continuous batches of the toy base model, policies through the real host.
 
 It speaks SGLang's `/generate`: a request names its policy in `custom_params` and gets token ids with the log-probs of
-the distribution they were drawn from, or status 422 where the policy cannot answer.
+the distribution they were drawn from, status 422 where the policy cannot answer, or 503 where the row was lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from local_server import LocalServer, Reply
 
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.serving.host import PolicyHost, ServedRequest
+from asn_rl.serving.host import Failure, PolicyHost, ServedRequest
 from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT, ServingSettings
 
 
@@ -32,7 +32,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     reason: str | None = None
-    failure: str | None = None
+    failure: Failure | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     def draws(self) -> torch.Generator:
@@ -94,7 +94,7 @@ class ToyEngine:
             self._wake.notify()
         request.ended.wait()
         if request.failure is not None:
-            return 422, {"error": request.failure}
+            return 503 if request.failure.transient else 422, {"error": request.failure.reason}
         entries = [[value, token, None] for value, token in zip(request.logprobs, request.tokens, strict=True)]
         meta = {"id": request.key, "finish_reason": {"type": request.reason}, "output_token_logprobs": entries}
         return 200, {"text": self.backend.decode(request.tokens), "output_ids": request.tokens, "meta_info": meta}
@@ -120,7 +120,7 @@ class ToyEngine:
         last = torch.tensor([(request.prompt + request.tokens)[-1] for request in batch])
         asked = [_served(request) for request in batch]
         weights, failures = self.host(self.backend.table[last], asked)
-        failed = {failure.key: failure.reason for failure in failures}
+        failed = {failure.key: failure for failure in failures}
         logprobs = torch.log_softmax(weights / self.temperature, -1)
         for request, row in zip(batch, logprobs, strict=True):
             token = int(torch.multinomial(row.exp(), 1, generator=request.draws()))

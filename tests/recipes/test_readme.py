@@ -82,7 +82,7 @@ def shortened(part: str) -> str:
 
 def test_the_transformers_example_runs(smollm: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_policy("runs/demo/policy", OrderStatisticsNetwork())
+    save_policy("policies/min-p", OrderStatisticsNetwork())
     inputs = {"input_ids": torch.tensor([smollm.encode("Name an animal.")])}
     exec(shortened("decoding(model"), {"model": smollm.model, "inputs": inputs | {"pad_token_id": 0}})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,9 @@ from asn_rl.metrics import read_metrics
 from asn_rl.replay import replay
 from asn_rl.rewards.compose import RewardConfig, RewardSuite, score
 from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.serving.client import SGLangClient
+from asn_rl.serving.host import Failure, PolicyHost, ServedRequest
+from asn_rl.serving.status import read_status
 from asn_rl.training import grpo, ppo
 from asn_rl.training.grpo import GRPOConfig, make_batch, minibatch_loss
 from asn_rl.training.policy_gradient import IMPORTANCE, all_logprobs
@@ -222,6 +225,56 @@ def test_what_a_server_fails_is_masked_and_counted_and_never_scored(
         assert "4 of 32 completions failed" in capsys.readouterr().out
         with pytest.raises(TrainingError, match="all 4 completions failed"):
             served(small(), [PROMPTS[2]], num_generations=4, seed=0)
+
+
+class Losing:
+    """A host that loses its place in every request once, after `tokens` of them."""
+
+    def __init__(self, host: PolicyHost, tokens: int) -> None:
+        self.host, self.tokens, self.lost = host, tokens, 0
+        self.forget = host.forget
+
+    def __call__(self, logits: Tensor, requests: Sequence[ServedRequest]) -> tuple[Tensor, list[Failure]]:
+        if not self.lost:
+            lost = [request.key for request in requests if len(request.tokens) == self.tokens]
+            self.host.forget(lost)
+            self.lost += len(lost)
+        return self.host(logits, requests)
+
+
+def test_completions_that_a_server_lost_are_sampled_again(tmp_path: Path, engine: ToyEngine) -> None:
+    """Else long ones, which are lost more often, would be missing."""
+    with sampler(tmp_path, engine) as served:
+        whole, _ = served(small(), PROMPTS, num_generations=4, seed=2)
+        losing = Losing(engine.host, 3)
+        engine.host = losing  # type: ignore[assignment]
+        again, metrics = served(small(), PROMPTS, num_generations=4, seed=2)
+    assert losing.lost > 0
+    assert metrics["served/failed"] == 0
+    assert again.completion_ids == whole.completion_ids
+
+
+def test_a_server_that_refuses_the_new_version_ends_the_run(
+    tmp_path: Path, engine: ToyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would answer with the version before. What it refused earlier does not count, nor what a dead server says."""
+
+    def health(client: SGLangClient) -> dict[str, dict[str, Any]]:
+        return {engine.url: read_status(engine.host.settings.status), "http://dead": {"problem": "no answer"}}
+
+    monkeypatch.setattr(SGLangClient, "health", health)
+    with sampler(tmp_path, engine) as served:
+        good = dict(served.metadata)
+        served(small(), PROMPTS, num_generations=1, seed=0)
+        served.metadata["fingerprint"] = "another"
+        with pytest.raises(
+            TrainingError, match=f"{engine.url} could not read the policy 'training' .*fingerprint another"
+        ):
+            served(small(), PROMPTS, num_generations=1, seed=0)
+        served.metadata = good
+        _, metrics = served(small(), PROMPTS, num_generations=1, seed=0)
+    assert metrics["served/failed"] == 0
+    assert engine.host.status.policies["training"]["refused_loads"] == 1
 
 
 @pytest.mark.parametrize("advantage", ["group", "batch", "none", "leave_one_out", "whitened"])

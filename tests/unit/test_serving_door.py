@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from local_server import LocalServer, Reply
 
@@ -19,7 +20,7 @@ from asn_rl.backends.servers import ServersConfig
 from asn_rl.checkpoint import save_policy
 from asn_rl.errors import AsnError
 from asn_rl.serving.arguments import Arguments, check_params
-from asn_rl.serving.reports import policy_reports
+from asn_rl.serving.reports import PolicyReports
 from asn_rl.serving.settings import STATUS_PATH, ServingSettings
 from asn_rl.serving.status import Failure, StatusFile
 from asn_rl.serving.vllm_client import VLLMClient
@@ -48,13 +49,10 @@ def status(settings: ServingSettings) -> StatusFile:
 
 
 @pytest.mark.usefixtures("status")
-def test_a_request_with_a_policy_gets_a_name_and_a_budget() -> None:
-    given = params({"asn_policy": "math"})
+def test_a_request_with_a_policy_gets_a_budget() -> None:
+    given = params({"asn_policy": "math", "asn_request": "a"})
     check_params(given)
-    found = Arguments.of(given)
-    assert found is not None
-    assert (found.policy, found.budget) == ("math", 16)
-    assert len(found.label) == 32
+    assert Arguments.of(given) == Arguments("math", 16, "a")
     named = params({"asn_policy": "math", "asn_budget": 64, "asn_request": "mine"})
     check_params(named)
     assert Arguments.of(named) == Arguments("math", 64, "mine")
@@ -67,6 +65,7 @@ def test_a_request_with_a_policy_gets_a_name_and_a_budget() -> None:
 @pytest.mark.parametrize(
     ("extra", "changes", "reason"),
     [
+        ({"asn_policy": "math", "asn_request": None}, {}, "asn_request is missing.*reports.PolicyReports"),
         ({"asn_policy": "maths"}, {}, "Did you mean 'math'"),
         ({"asn_policy": "../policies/math"}, {}, "unknown policy"),
         ({"asn_policy": ["math"]}, {}, "unknown policy"),
@@ -83,45 +82,76 @@ def test_a_request_with_a_policy_gets_a_name_and_a_budget() -> None:
 def test_what_a_policy_cannot_serve_is_refused_as_a_value_error(
     extra: dict[str, Any], changes: dict[str, Any], reason: str
 ) -> None:
+    named = {"asn_request": "a"} | extra if "asn_policy" in extra else extra
     with pytest.raises(ValueError, match=reason) as caught:
-        check_params(params(extra, **changes))
+        check_params(params({name: value for name, value in named.items() if value is not None}, **changes))
     assert isinstance(caught.value, AsnError)
 
 
 @pytest.mark.usefixtures("settings")
 def test_an_engine_that_serves_no_policies_refuses_them() -> None:
     with pytest.raises(ValueError, match="no process of this engine serves policies"):
-        check_params(params({"asn_policy": "math"}))
+        check_params(params({"asn_policy": "math", "asn_request": "a"}))
 
 
 @pytest.fixture
 def api(status: StatusFile) -> Iterator[TestClient]:
-    """An API server whose engine fails the policy `broken`."""
+    """An API server whose engine fails the policy `broken`, and once those that begin with `lost`."""
     app = FastAPI()
-    app.middleware("http")(policy_reports)
+    app.add_middleware(PolicyReports)
+    lost: list[str] = []
 
-    @app.post("/v1/completions")
-    def complete(body: dict[str, Any]) -> dict[str, str]:
-        own = body.get("vllm_xargs", {})
-        if own.get("asn_policy") == "broken":
-            status.failed(Failure(f"{own['asn_request']}#7", "broken", "it is broken"))
-        return {"text": "plain"}
+    @app.post("/v1/completions", response_model=None)
+    @app.post("/inference", response_model=None)
+    def complete(body: dict[str, Any]) -> dict[str, str] | StreamingResponse:
+        own = body.get("vllm_xargs") or {}
+        key, policy = f"{own.get('asn_request')}#7", own.get("asn_policy", "")
+        if policy == "broken":
+            status.failed(Failure(key, "broken", "it is broken"))
+        if policy.startswith("lost") and policy not in lost:
+            lost.append(policy)
+            status.failed(Failure(key, policy, "its row was lost", transient=True))
+        if body.get("stream"):
+            return StreamingResponse(iter(["data: pl\n\n", "data: ain\n\n"]), media_type="text/event-stream")
+        return {"text": "plain", **body.get("echo", {})}
 
     with TestClient(app) as client:
         yield client
 
 
-def test_a_failed_policy_is_an_error_and_no_completion(api: TestClient) -> None:
-    own = {"asn_policy": "broken", "asn_request": "a"}
-    failed = api.post("/v1/completions", json={"vllm_xargs": own})
+@pytest.mark.parametrize("path", ["/v1/completions", "/inference"])
+@pytest.mark.parametrize("name", [{}, {"asn_request": "a"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_policy_is_an_error_and_no_completion(
+    api: TestClient, path: str, name: dict[str, str], stream: bool
+) -> None:
+    """Whether the request has a name or none, and nothing of a stream comes before the error."""
+    failed = api.post(path, json={"stream": stream, "vllm_xargs": {"asn_policy": "broken"} | name})
     assert failed.status_code == 422
     assert failed.json()["error"]["message"] == "the policy failed: it is broken"
-    fine = api.post("/v1/completions", json={"vllm_xargs": {"asn_policy": "math", "asn_request": "b"}})
-    assert (fine.status_code, fine.json()) == (200, {"text": "plain"})
-    assert api.post("/v1/completions", json={}).status_code == 200
-    assert api.post("/v1/completions", content=b"{").status_code == 422  # the server's own answer
+    fine = api.post(path, json={"stream": stream, "vllm_xargs": {"asn_policy": "math"} | name})
+    assert (fine.status_code, fine.text) == (200, "data: pl\n\ndata: ain\n\n" if stream else '{"text":"plain"}')
     (failure,) = api.get(STATUS_PATH).json()["failures"]
-    assert (failure["key"], failure["policy"]) == ("a#7", "broken")
+    assert (failure["key"].startswith("a."), failure["policy"]) == (bool(name), "broken")
+
+
+def test_requests_without_a_policy_pass_as_they_are(api: TestClient) -> None:
+    for body in ({}, {"vllm_xargs": None}, {"vllm_xargs": {"other": 1}}, {"use_beam_search": True}):
+        assert api.post("/v1/completions", json=body | {"echo": body}).json() == {"text": "plain"} | body
+    for raw in (b"{", b"[" * 100_000):
+        assert api.post("/v1/completions", content=raw).status_code >= 400  # the server's own answer
+
+
+def test_a_request_that_was_lost_is_answered_so_that_it_is_sent_again(api: TestClient) -> None:
+    body = {"vllm_xargs": {"asn_policy": "lost", "asn_request": "a"}}
+    assert [api.post("/v1/completions", json=body).status_code for _ in range(2)] == [503, 200]
+
+
+@pytest.mark.parametrize("field", ["background", "use_beam_search"])
+def test_a_request_whose_failure_would_not_be_seen_is_refused(api: TestClient, field: str) -> None:
+    answer = api.post("/v1/completions", json={field: True, "vllm_xargs": {"asn_policy": "math"}})
+    assert answer.status_code == 400
+    assert f"{field} must be left out beside a policy, got True" in answer.json()["error"]["message"]
 
 
 def test_the_client_sends_tokens_and_gets_tokens() -> None:
@@ -139,10 +169,9 @@ def test_the_client_sends_tokens_and_gets_tokens() -> None:
     assert answers[0].logprobs == [-0.5, -0.25]
     assert "it is broken" in str(answers[2].failed)
     sent = [payload for payload in server.payloads if "vllm_xargs" in payload]
-    assert len({payload["vllm_xargs"]["asn_request"] for payload in sent}) == 4
     assert len({payload["seed"] for payload in sent}) == 4
-    assert sent[0]["vllm_xargs"]["asn_policy"] == "math"
-    assert sent[0]["vllm_xargs"]["asn_budget"] == sent[0]["max_tokens"] == 8
+    assert sent[0]["vllm_xargs"] == {"asn_policy": "math", "asn_budget": 8}
+    assert sent[0]["max_tokens"] == 8
     assert {name: sent[0][name] for name in ("temperature", "top_p", "top_k", "logprobs")} == {
         "temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0,
     }  # fmt: skip

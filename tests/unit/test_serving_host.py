@@ -160,6 +160,20 @@ def test_a_request_that_was_not_followed_fails(settings: ServingSettings, logits
     assert [failure.key for failure in failures] == ["a", "b"]
     assert "not seen from its first token" in failures[0].reason
     assert "budget" in failures[1].reason
+    assert [failure.transient for failure in failures] == [True, False]
+
+
+@pytest.mark.parametrize("tokens", [[], [3], [3, 4, 5]])
+def test_a_request_that_lost_its_place_may_be_sent_again(
+    settings: ServingSettings, logits: Tensor, tokens: list[int]
+) -> None:
+    """It is shown with the tokens it had, as vLLM does when it recomputes one in chunks, or with a token too many."""
+    host = PolicyHost(settings)
+    for seen in ([], [3]):
+        call(host, logits[:1], [request("a", seen)])
+    _, failures = call(host, logits[:1], [request("a", tokens)])
+    assert [failure.transient for failure in failures] == ([] if not tokens else [True])
+    assert [entry["transient"] for entry in read_status(settings.status)["failures"]] == [True] * len(failures)
 
 
 def test_half_a_file_leaves_the_version_before_in_use(settings: ServingSettings, logits: Tensor) -> None:

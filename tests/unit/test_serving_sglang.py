@@ -144,6 +144,28 @@ def test_requests_that_cannot_be_served_are_ended_and_no_others(requests: Engine
     assert "InvalidLogits" in nan.to_finish[0]
 
 
+@pytest.mark.parametrize("beside", [[], [None]])
+def test_rows_that_fail_can_be_drawn_from(requests: EngineRequests, toy: ToyBackend, beside: list[None]) -> None:
+    """SGLang does so before it ends the request: NaN would reach its sampler."""
+    good, nan, unknown, other = Request("a"), Request("b"), Request("c"), Request("d", temperature=0.7)
+    parameters = [good.parameters(), nan.parameters(), unknown.parameters("nope"), other.parameters(), *beside]
+    logits = toy.table[: len(parameters)].clone()
+    logits[1] = torch.nan
+    weights = requests(logits, parameters)
+    assert "InvalidLogits" in nan.to_finish[0]
+    assert weights.isnan().sum() == 0
+    assert weights.softmax(-1)[1:].tolist() == [[1.0] + [0.0] * (toy.vocab_size - 1)] * (len(parameters) - 1)
+    assert (weights[0] > -torch.inf).sum() > 1
+
+
+def test_a_request_whose_place_is_lost_may_be_sent_again(requests: EngineRequests, toy: ToyBackend) -> None:
+    subject = Request("a")
+    subject.output_ids.append(3)  # its first token was drawn elsewhere
+    requests(toy.table[:1].clone(), [subject.parameters()])
+    assert subject.to_finish[1] == 503
+    assert "start it again" in subject.to_finish[0]
+
+
 def test_a_processor_never_raises(monkeypatch: pytest.MonkeyPatch, toy: ToyBackend) -> None:
     """Without an environment, and even where a request cannot be ended, nothing passes for plain sampling."""
     sglang._process_requests.cache_clear()

@@ -6,6 +6,7 @@ Runs where vLLM is installed: ASN_RL_VLLM_PYTHON -m pytest tests/unit/test_servi
 from __future__ import annotations
 
 import random
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,7 @@ def table() -> Tensor:
 
 def params(policy: str | None, **changes: Any) -> SamplingParams:
     made = SamplingParams(temperature=1.0, max_tokens=BUDGET, stop_token_ids=[EOS], **changes)
-    made.extra_args = None if policy is None else {"asn_policy": policy}
+    made.extra_args = None if policy is None else {"asn_policy": policy, "asn_request": uuid.uuid4().hex}
     return made
 
 
@@ -241,7 +242,9 @@ def test_an_error_of_ours_leaves_the_engine_alive_and_is_reported(
     monkeypatch.setattr(process_host(), "settings", None)  # whatever: a host that raises
     monkeypatch.setattr(type(process_host()), "__call__", lambda *_: 1 / 0)
     assert torch.equal(processor.apply(table[:1].clone()), table[:1])
-    assert "ZeroDivisionError" in process_host().status.failures[0]["reason"]
+    (failure,) = process_host().status.failures
+    assert "ZeroDivisionError" in failure["reason"]
+    assert failure["transient"]
 
 
 def test_with_both_entry_point_and_flag_a_policy_acts_once(table: Tensor) -> None:
