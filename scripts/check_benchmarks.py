@@ -2,10 +2,11 @@
 
 For every benchmark whose data is there: the gold answer of every row of every part through every verifier (all must be
 accepted), then corrupted gold answers of rows drawn at random (at most 0.2 % may be). The corruptions are a digit
-changed, the sign flipped, one more or less, the decimal point moved, another row's answer; and in formulas a term
-added, a sign or a digit changed. One that leaves the value as it was is not a corruption and is drawn again. What is
-accepted wrongly or not accepted is listed by id. Code is checked on gold answers only; instructions and open questions
-have none.
+changed, the sign flipped, one more or less, the decimal point moved, another row's answer, the answer left as a sum; in
+formulas a term added, a sign or a digit changed; and the problem handed back as it is. One that leaves the value as it
+was, or a problem that ends in its answer, is no corruption and is drawn again. What is accepted wrongly or not accepted
+is listed by id. Code is checked on gold answers only; instructions and open questions have none. `math_answer` that
+takes unmarked answers evaluates what it finds, as lm-eval does: it gets neither sums nor problems.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -22,6 +23,8 @@ from asn_rl.data.benchmark import Benchmark, Verifier, benchmark_names, gold_row
 from asn_rl.data.benchmark_format import render
 from asn_rl.errors import ConfigError, DataError, UnknownName
 from asn_rl.rewards import REWARDS
+from asn_rl.rewards.inputs import completion_text
+from asn_rl.rewards.numeric import last_number
 from asn_rl.types import Prompt
 
 MOST_ACCEPTED = 0.002
@@ -29,8 +32,9 @@ CHUNK = 500
 ATTEMPTS = 3
 """a comparison that is masked is asked for again: on a busy machine some run out of time"""
 Row = tuple[Prompt, dict[str, Any]]
-Corruption = tuple[Prompt, dict[str, Any], str, str]
-"""prompt, fields, wrong answer, kind of corruption"""
+Corruption = tuple[Prompt, str, str, str]
+"""prompt, gold answer, wrong completion, kind of corruption"""
+ECHO, SUM = "problem echoed", "gold as an unevaluated expression"
 
 
 def main() -> int:
@@ -80,12 +84,14 @@ def _check(benchmark: Benchmark, verifier: Verifier, rows: list[Row], count: int
         for (prompt, fields), value in zip(rows, scores, strict=True)
         if value != 1.0
     ]
-    wrong = [] if "answer" not in rows[0][0].columns else list(_corrupted(rows, count, random.Random(seed)))
-    texts = [render(benchmark.gold, {**fields, "answer": answer}, prompt.id) for prompt, fields, answer, _ in wrong]
-    values = score([prompt for prompt, *_ in wrong], texts)
+    wrong = []
+    if "answer" in rows[0][0].columns:
+        left_out = (ECHO, SUM) if _evaluates(verifier) else ()
+        wrong = list(_corrupted(rows, benchmark.gold, count, random.Random(seed), left_out))
+    values = score([prompt for prompt, *_ in wrong], [text for _, _, text, _ in wrong])
     accepted = [
-        f"{prompt.id}: {kind}: gold {fields['answer']!r}, accepted {answer!r}"
-        for (prompt, fields, answer, kind), value in zip(wrong, values, strict=True)
+        f"{prompt.id}: {kind}: gold {gold!r}, accepted {text!r:.200}"
+        for (prompt, gold, text, kind), value in zip(wrong, values, strict=True)
         if value
     ]
     masked = sum(value is None for value in values)
@@ -119,20 +125,29 @@ def _scorer(verifier: Verifier) -> Callable[[list[Prompt], list[str]], list[floa
     return score
 
 
+def _evaluates(verifier: Verifier) -> bool:
+    return verifier.function == "math_answer" and not verifier.arguments.get("marked")
+
+
 def _corrupted(
-    rows: list[Row], count: int, generator: random.Random
-) -> Iterator[tuple[Prompt, dict[str, Any], str, str]]:
-    """(prompt, fields, wrong answer, kind of corruption)."""
+    rows: list[Row], template: str, count: int, generator: random.Random, left_out: Collection[str]
+) -> Iterator[Corruption]:
     made = 0
     while made < count:
         prompt, fields = rows[generator.randrange(len(rows))]
         gold = str(fields["answer"])
         kinds = NUMBER_KINDS if _number(gold) is not None else FORMULA_KINDS
-        kind = generator.choice(list(kinds))
+        kind = generator.choice([kind for kind in kinds if kind not in left_out])
+        if kind == ECHO:
+            problem = completion_text(prompt.content)
+            if last_number(problem) != _number(gold):
+                made += 1
+                yield prompt, gold, problem, kind
+            continue
         answer = kinds[kind](gold, generator) if kinds[kind] is not None else str(generator.choice(rows)[1]["answer"])
         if answer is not None and _differs(gold, answer):
             made += 1
-            yield prompt, fields, answer, kind
+            yield prompt, gold, render(template, {**fields, "answer": answer}, prompt.id), kind
 
 
 def _number(text: str) -> Decimal | None:
@@ -178,6 +193,12 @@ def _point(text: str, generator: random.Random) -> str:
     return f"{value.scaleb(generator.choice([-1, 1])):f}"
 
 
+def _sum(text: str, generator: random.Random) -> str | None:
+    value, part = _number(text), generator.randint(1, 9)
+    assert value is not None
+    return None if value == part else f"{value - part}+{part}"
+
+
 def _inner_sign(text: str, generator: random.Random) -> str | None:
     places = [match.start() for match in re.finditer(r"(?<=[\w)}\s])[+-](?=[\w(\\\s])", text)]
     if not places:
@@ -199,12 +220,15 @@ NUMBER_KINDS: dict[str, Any] = {
     "off by one": _one_off,
     "decimal point moved": _point,
     "another row's answer": None,
+    SUM: _sum,
+    ECHO: None,
 }
 FORMULA_KINDS: dict[str, Any] = {
     "digit changed": _digit,
     "sign changed": _inner_sign,
     "term added": _term,
     "another row's answer": None,
+    ECHO: None,
 }
 
 if __name__ == "__main__":

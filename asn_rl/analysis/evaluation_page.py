@@ -1,5 +1,6 @@
 """An evaluation for people: one self-contained HTML page, and tables on the terminal. `evaluation.record` has the
-record's schema. Every claim is `evaluation.verdict`'s."""
+record's schema. Every claim is `evaluation.verdict`'s or, where an evaluation was looked at while it ran, that of
+`evaluation.sequential`."""
 
 from __future__ import annotations
 
@@ -30,6 +31,11 @@ _INTERVALS = (
     "hold together for all arms of a table, so that the best one may be picked by them. A difference counts only when "
     "its interval excludes zero; p is Holm's, which may be a little less strict than that."
 )
+_LOOKED = (
+    "This task was looked at while it ran. Verdicts and claims are those of a confidence sequence ({level:g} % for all "
+    "policies of a run together), which holds for any number of looks; bootstrap intervals of differences describe."
+)
+_DESCRIBES = "describes only"
 _WIDE = "body{max-width:80rem} td small{color:#555} .wide{overflow-x:auto}"
 
 
@@ -77,9 +83,23 @@ def claims(task: Row) -> list[str]:
     """What may be said of each policy against the baseline, in sentences."""
     found = []
     for name, arm in task["arms"].items():
-        if arm["kind"] == "policy" and arm["difference"]:
+        if arm["kind"] != "policy":
+            continue
+        if "stop_early" in task:
+            found += [_decided(name, task, arm["sequential"])] if "sequential" in arm else []
+        elif arm["difference"]:
             found.append(claim(name, task["baseline"], as_interval(arm["difference"]), task["level"]))
     return found
+
+
+def _decided(name: str, task: Row, decision: Row) -> str:
+    """What a policy's `StopDecision` allows to say."""
+    baseline, prompts = task["baseline"], decision["prompts"]
+    interval = f"[{decision['low']:+.3f}, {decision['high']:+.3f}]"
+    numbers = f"confidence sequence of the difference {interval} after {prompts} prompts, {100 * task['level']:g} %"
+    if decision["outcome"] == "undecided":
+        return f"Undecided: no difference between {name} and {baseline} can be claimed: {numbers}."
+    return f"{name} is {decision['outcome']} than {baseline}: {numbers}, known after {decision['decided_at']}."
 
 
 def _page(record: Record) -> str:
@@ -142,7 +162,8 @@ def _cells(task: Row, *, intervals: bool) -> tuple[list[str], list[list[str]]]:
     masked = any(arm["masked"] for arm in task["arms"].values())
     runs = len({arm["run"] for arm in task["arms"].values()}) > 1
     versus = [f"against {task['baseline']}", "p", "verdict"]
-    header = ["arm", "kind", *(["run"] if runs else []), primary, *versus, *others]
+    names = [other.removeprefix("score:") for other in others]  # as lm-eval calls them
+    header = ["arm", "kind", *(["run"] if runs else []), primary, *versus, *names]
     rows = []
     for name, arm in sorted(task["arms"].items(), key=lambda item: _rank(item[1]["metrics"].get(primary))):
         gap = arm["difference"]
@@ -152,7 +173,7 @@ def _cells(task: Row, *, intervals: bool) -> tuple[list[str], list[list[str]]]:
                 arm["kind"],
                 *([arm["run"]] if runs else []),
                 _estimate(arm["metrics"].get(primary)),
-                *_against(gap, name == task["baseline"]),
+                *_against(gap, name == task["baseline"], _sequential(task, arm)),
                 *(_estimate(arm["metrics"].get(other), intervals) for other in others),
                 *([str(arm["masked"])] if masked else []),
             ]
@@ -162,6 +183,7 @@ def _cells(task: Row, *, intervals: bool) -> tuple[list[str], list[list[str]]]:
 
 def _leaders(record: Record) -> tuple[list[str], list[list[str]]]:
     tasks, leaders = record["tasks"], leaderboard(record)
+    looked = _DESCRIBES if any("stop_early" in task for task in tasks.values()) else None
     runs = len({row["run"] for row in leaders}) > 1
     rows = [
         [
@@ -169,7 +191,7 @@ def _leaders(record: Record) -> tuple[list[str], list[list[str]]]:
             row["kind"],
             *([row["run"]] if runs else []),
             _estimate(row["overall"]),
-            *_against(row["difference"], row["difference"] is None and row["overall"] is not None),
+            *_against(row["difference"], row["difference"] is None and row["overall"] is not None, looked),
             *(_estimate(row["tasks"][task]) for task in tasks),
         ]
         for row in leaders
@@ -178,11 +200,20 @@ def _leaders(record: Record) -> tuple[list[str], list[list[str]]]:
     return [*header, *(f"{name} ({task['primary']})" for name, task in tasks.items())], rows
 
 
-def _against(gap: Row | None, baseline: bool) -> list[str]:
+def _against(gap: Row | None, baseline: bool, said: str | None = None) -> list[str]:
+    """Difference, p and verdict; `said`: the verdict where the interval allows none, nor a p."""
     if gap is None:
-        return ["", "", ""] if baseline else ["-", "-", "-"]
+        return ["", "", ""] if baseline else ["-", "-", said or "-"]
     interval = as_interval(gap)
-    return [signed(interval), f"{gap['p_holm']:.3f}", verdict(interval)]
+    return [signed(interval), "-", said] if said else [signed(interval), f"{gap['p_holm']:.3f}", verdict(interval)]
+
+
+def _sequential(task: Row, arm: Row) -> str | None:
+    """The verdict of an arm in a task that was looked at while it ran; None: it was not."""
+    if "stop_early" not in task:
+        return None
+    outcome = arm.get("sequential", {"outcome": _DESCRIBES})["outcome"]
+    return NO_CLAIM if outcome == "undecided" else outcome
 
 
 def _estimate(found: Row | None, interval: bool = True) -> str:
@@ -215,13 +246,16 @@ def _remarks(task: Row) -> list[str]:
         left = {name: arm["metrics"][metric]["masked"] for name, arm in arms.items() if metric in arm["metrics"]}
         if any(left.values()):
             found.append(f"{metric}: up to {max(left.values())} prompts of an arm have no value and do not count.")
-    return found + list(task["notes"])
+    looked = [_LOOKED.format(level=100 * task["level"])] if "stop_early" in task else []
+    return looked + found + list(task["notes"])
 
 
 def _remarks_list(task: Row) -> str:
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in _remarks(task))
     titles = {name: parse_name(name).metric for name in task["metrics"]}
-    words = "; ".join(f"{name}: {metric.title}, {metric.better} is better" for name, metric in titles.items())
+    words = "; ".join(
+        f"{name.removeprefix('score:')}: {metric.title}, {metric.better} is better" for name, metric in titles.items()
+    )
     return f"<ul class='note'>{lines}<li>{html.escape(words)}.</li></ul>"
 
 
@@ -232,7 +266,8 @@ def _seeds(task: Row) -> str:
         if seeds := arm.get("seeds"):
             these, others = (as_interval(seeds[key]) for key in ("interval", "crossed"))
             means = ", ".join(f"{mean:+.3f}" for mean in seeds["by_seed"])
-            cells = [name, means, f"{seeds['spread']:.3f}", signed(these), signed(others), verdict(others)]
+            said = _DESCRIBES if "stop_early" in task else verdict(others)
+            cells = [name, means, f"{seeds['spread']:.3f}", signed(these), signed(others), said]
             rows.append([html.escape(cell) for cell in cells])
     if not rows:
         return ""
@@ -249,7 +284,7 @@ def _two_lines(cell: str) -> str:
     """HTML of a cell: the interval below the mean; a verdict that counts is marked."""
     if cell == BETTER:
         return f"<mark>{cell}</mark>"
-    if cell == NO_CLAIM:
+    if cell in (NO_CLAIM, _DESCRIBES):
         return f"<small>{cell}</small>"
     value, bracket, rest = cell.partition(" [")
     return html.escape(value) + (f"<br><small>[{html.escape(rest)}</small>" if bracket else "")

@@ -67,13 +67,15 @@ def _merged_task(name: str, runs: Mapping[str, Record]) -> Record:
         if named[run, other["baseline"]] != baseline:
             notes.append(
                 f"{run} was compared with {other['baseline']}; here all arms are compared with {baseline}, and what it "
-                "says of training seeds is left out"
+                "says of training seeds, or of stopping early, is left out"
             )
             for arm in other["arms"]:
-                arms[named[run, arm]].pop("seeds", None)
+                for said in ("seeds", "sequential"):
+                    arms[named[run, arm]].pop(said, None)
     metrics = list(dict.fromkeys(metric for other in runs.values() for metric in other["metrics"]))
-    judge = [{"judge": other["judge"]} for other in judged.values()]
-    together = {**task, **(judge or [{}])[0], "metrics": metrics, "baseline": baseline, "notes": notes, "arms": arms}
+    # Win rates have their judge, and no interval of a task that was looked at is one of a fixed number of prompts.
+    said = {key: other[key] for other in runs.values() for key in ("judge", "stop_early") if key in other}
+    together = {**task, **said, "metrics": metrics, "baseline": baseline, "notes": notes, "arms": arms}
     return with_differences(together) if len(runs) > 1 else together
 
 

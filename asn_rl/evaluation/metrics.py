@@ -27,7 +27,7 @@ def accuracy(samples: Samples) -> np.ndarray:
 
 
 def verified(samples: Samples, verifier: str) -> np.ndarray:
-    """(P, A) mean score of a verifier other than the benchmark's own.
+    """(P, A) mean score of a verifier by its name.
 
     Raises:
         UnknownName: no such verifier.
@@ -142,7 +142,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy, ("scores",), "higher", "mean score"),
-    "score": Metric(verified, ("verifiers",), "higher", "mean score of another verifier", ":verifier"),
+    "score": Metric(verified, ("verifiers",), "higher", "mean score of a verifier", ":verifier"),
     "pass": Metric(pass_at, ("scores",), "higher", "any of k correct", "@k"),
     "maj": Metric(majority_at, ("scores", "answers"), "higher", "majority of k correct", "@k"),
     "best_of": Metric(best_of, ("scores", "scorers"), "higher", "score of the best of k by a scorer", "@k:scorer"),

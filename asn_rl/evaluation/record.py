@@ -10,6 +10,8 @@ tasks         name of the benchmark ->
     metrics         names of the metrics, see `metrics.METRICS`
     baseline        the arm that all others are compared with
     judge           only where one compared arms: function, arguments, and the reference that all others met
+    stop_early      only where the evaluation was looked at while it ran: prompts between looks. `difference` then only
+                    describes: its intervals are made for a number of prompts that is fixed in advance
     detectable      None, or `power.forecast` from before the run
     notes           sentences about what was masked, missing, cut off or left out
     arms            name ->
@@ -22,6 +24,8 @@ tasks         name of the benchmark ->
         difference    None (the baseline itself, or too few prompts), or of the primary metric, the arm minus the
                       baseline: mean, low, high (None: infinite) and p_holm. The intervals of a task hold together,
                       so that any arm may be picked by them (`multiplicity`)
+        sequential    only of policies, with `stop_early`: outcome (better, worse, undecided), low, high, prompts,
+                      decided_at (`sequential.StopDecision`): what may be claimed
         seeds         only where a policy was trained with several seeds: `seeds.SeedReport.as_dict()` of the
                       difference to the baseline
 """
@@ -31,7 +35,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +45,7 @@ from asn_rl.errors import DataError, InvalidValue, UnknownName
 from asn_rl.evaluation.metrics import measure, parse_name
 from asn_rl.evaluation.multiplicity import compare_all
 from asn_rl.evaluation.samples import Samples
+from asn_rl.evaluation.sequential import StopDecision
 from asn_rl.evaluation.statistics import Resampling, as_plain, bootstrap, finite_or_none
 
 SCHEMA = 1
@@ -66,6 +71,8 @@ class TaskSettings:
     """the metric that arms are compared by; more is better"""
     judge: Mapping[str, Any] | None = None
     """what win rates come from: function, arguments, reference"""
+    stop_early: int | None = None
+    """prompts between looks, where the number of prompts was not fixed in advance"""
     how: Resampling = field(default_factory=Resampling)
 
 
@@ -79,6 +86,7 @@ def task_record(
     kinds: Mapping[str, Kind],
     detectable: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    decisions: Mapping[str, StopDecision] | None = None,
 ) -> Record:
     """One task of a record.
 
@@ -87,6 +95,7 @@ def task_record(
         metrics: names; `settings.primary` is added where it is not among them.
         baseline: choose it on other prompts (the selection split).
         kinds: of every arm.
+        decisions: of the arms that were compared with the baseline while the evaluation ran.
 
     Raises:
         UnknownName: a baseline that is no arm, or an unknown metric.
@@ -116,6 +125,7 @@ def task_record(
         "metrics": names,
         "baseline": baseline,
         **({"judge": dict(settings.judge)} if settings.judge else {}),
+        **({"stop_early": settings.stop_early} if settings.stop_early is not None else {}),
         "detectable": dict(detectable) if detectable else None,
         "notes": list(notes),
         "arms": {
@@ -129,6 +139,7 @@ def task_record(
                 },
                 "values": [finite_or_none(value) for value in measured[settings.primary][:, i]],
                 "difference": None,
+                **({"sequential": asdict(decisions[arm])} if decisions and arm in decisions else {}),
             }
             for i, arm in enumerate(samples.arms)
         },

@@ -30,7 +30,7 @@ class Samples:
     scorers: Mapping[str, np.ndarray] = field(default_factory=dict)
     """scores by which the best of k is chosen; NaN: masked"""
     verifiers: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """scores of further verifiers; NaN: masked"""
+    """scores of verifiers by name; NaN: masked"""
     wins: np.ndarray | None = None
     """1 where a judge prefers the completion to the reference's, 0.5 for a tie, 0 where not; NaN: masked"""
     texts: Sequence[Sequence[Sequence[str | None]]] | None = None

@@ -7,6 +7,7 @@ form, never drawn.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from asn_rl.errors import InvalidValue
+from asn_rl.rewards.extraction import marked_answer
 from asn_rl.rewards.inputs import completion_text
+from asn_rl.rewards.math import plain_formula
 from asn_rl.rewards.numeric import last_number, normalised
 
 NO_ANSWER = -1
@@ -26,9 +29,27 @@ Answer = Hashable | None
 AnswerKey = Callable[[str], Answer]
 """text of a completion -> the answer it gives"""
 
-ANSWER_KEYS: dict[str, AnswerKey] = {"number": last_number, "text": lambda text: normalised(text) or None}
-"""`number`: the last number ("15." and "It is 15.0" agree, a text without one is masked); `text`: the whole text up to
-case, spaces and surrounding punctuation (an empty one is masked)"""
+
+def marked(text: str) -> Answer:
+    """The answer that a text marks as its own (`extraction.marked_answer`), without what only changes its looks; where
+    it is a plain number, that number."""
+    answer = marked_answer(text)
+    if answer is None:
+        return None
+    formula = plain_formula(answer)
+    return last_number(formula) if _NUMBER.fullmatch(formula) else formula
+
+
+_NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+|-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
+ANSWER_KEYS: dict[str, AnswerKey] = {
+    "number": last_number,
+    "marked": marked,
+    "text": lambda text: normalised(text) or None,
+}
+"""`number`: the last number ("15." and "It is 15.0" agree, a text without one is masked; not for formulas, of which it
+sees no more); `marked`: the answer in the last box, or after "the answer is" (one that only looks different is the
+same, one that is only equal is not; a text that marks none is masked); `text`: the whole text up to case, spaces and
+surrounding punctuation (an empty one is masked)"""
 
 
 def read_answers(completions: Sequence[Any], terminated: Sequence[bool], key: AnswerKey) -> list[Answer]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,19 @@ from asn_rl.checkpoint import check_compatible, load_policy
 from asn_rl.data.benchmark import Benchmark, benchmark_prompts, load_benchmark
 from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm
+from asn_rl.evaluation.metrics import METRICS
 from asn_rl.job.config import DISTILLED, RL
 from asn_rl.job.job import Job
 from asn_rl.labelling import generate as generating
 from asn_rl.labelling import labels as labelling
 from asn_rl.labelling.grid import Grid
-from asn_rl.labelling.records import write_prompts
+from asn_rl.labelling.records import LABEL, as_key, read_records, write_prompts
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.protocols import LogitsBackend
+from asn_rl.rewards import REWARDS
 from asn_rl.rewards.compose import RewardConfig, unique_names
+from asn_rl.rewards.contract import load_function
+from asn_rl.rewards.embedding_diversity import EMBEDDED, load_encoder
 from asn_rl.rollout import RolloutConfig, encoded_prompts
 from asn_rl.runs import console
 from asn_rl.types import Candidate, Messages, Prompt
@@ -61,6 +67,8 @@ class Scored:
     """by "verifier: event" """
     wins: np.ndarray | None = None
     """(P, A, S) the judge's view of each completion against the reference's: 1, 0.5, 0; NaN: masked"""
+    unscored: dict[str, list[str]] = field(default_factory=dict)
+    """completions without a score, "prompt, arm, seed", by "verifier: reason" """
 
 
 def learned_arms(job: Job) -> list[Arm]:
@@ -97,13 +105,58 @@ def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
             benchmark = load_benchmark(name)
             if benchmark.name in (task.benchmark.name for task in ready):
                 raise ConfigError(f"two of evaluate.tasks are called {benchmark.name!r}; give yours another name")
-            ready += _turns(job, benchmark)
+            turns = _turns(job, benchmark)
+            _check_installed(job, turns[0])
+            ready += turns
         except AsnError as error:
-            left_out[name] = str(error)
-            console.print(f"[yellow]left out[/] {name}: {error}", highlight=False)
+            leave_out(left_out, name, error)
     if not ready:
-        raise DataError("no benchmark can be run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
+        raise DataError(nothing_ran(left_out))
     return ready, left_out
+
+
+def leave_out(left_out: dict[str, str], name: str, error: AsnError) -> None:
+    left_out[name] = str(error)
+    console.print(f"[yellow]left out[/] {name}: {error}", highlight=False)
+
+
+def nothing_ran(left_out: Mapping[str, str]) -> str:
+    return "no benchmark can be run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items())
+
+
+def _check_installed(job: Job, task: Task) -> None:
+    """An error of what scores a task and is not installed or cannot be loaded: every reward function of this process is
+    called with no completions, and the sentence encoder is loaded where a metric needs it.
+
+    Raises:
+        AsnError: what is missing, by the function that needs it.
+    """
+    config = job.config.evaluate
+    names = {name for part in task.prompts.values() for prompt in part for name in prompt.columns}
+    nothing = {name: [] for name in ("completion_ids", *names, "terminated", "prompt_id", "group", "references")}
+    for reward in [*_verifiers(task.benchmark), *config.scorers, *([config.judge] if config.judge else [])]:
+        function = load_function(REWARDS.path(reward.function), reward.arguments)
+        if reward.isolation == "process":  # what it loads is for its own process
+            continue
+        with _own_errors_only():
+            function([], [], **{name: cells for name, cells in nothing.items() if name not in reward.arguments})
+    if any("encoder" in METRICS[name].needs for name in (*task.benchmark.metrics, *config.metrics) if name in METRICS):
+        load_encoder(EMBEDDED)
+
+
+@contextmanager
+def _own_errors_only() -> Iterator[None]:
+    """Only errors of this library pass: a function of somebody else's need not bear being called with nothing."""
+    try:
+        yield
+    except AsnError:
+        raise
+    except Exception:
+        return
+
+
+def _verifiers(benchmark: Benchmark) -> list[RewardConfig]:
+    return [RewardConfig(v.function, arguments=dict(v.arguments)) for v in benchmark.verifiers]
 
 
 def _turns(job: Job, benchmark: Benchmark) -> list[Task]:
@@ -156,8 +209,7 @@ def run_prompts(
     store = _completed(job, task, name, prompts, arms)
     grid = store.grid
     write_prompts(folder / "prompts.jsonl", {name: prompts})
-    verifiers = [RewardConfig(v.function, arguments=dict(v.arguments)) for v in task.benchmark.verifiers]
-    configs = [*verifiers, *config.scorers]
+    configs = [*_verifiers(task.benchmark), *config.scorers]
     labelling.label(configs, store, by_id, folder / "labels")
     places = [folder / "labels" / labelling.folder_name(label) for label in unique_names(configs)]
     labels = [
@@ -185,7 +237,18 @@ def run_prompts(
             if count
         },
         wins,
+        {f"{label}: {reason}": ids for label, place in counted.items() for reason, ids in _unscored(place).items()},
     )
+
+
+def _unscored(place: Path) -> dict[str, list[str]]:
+    """Completions that a labeller gave no score, "prompt, arm, seed", by the reason."""
+    last = {as_key(record, where): record for where, record in read_records(place, LABEL)}
+    found: dict[str, list[str]] = defaultdict(list)
+    for key, record in last.items():
+        if record["score"] is None:
+            found[record.get("reason", "no reason given")].append(", ".join(map(str, key)))
+    return dict(found)
 
 
 def _completed(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Sequence[Arm]) -> CandidateStore:
@@ -236,6 +299,10 @@ def _references(group: Sequence[Candidate]) -> list[str | Messages]:
 
 def joined(parts: Sequence[Scored]) -> Scored:
     events = {name: 0 for part in parts for name in part.events}
+    unscored: dict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        for reason, ids in part.unscored.items():
+            unscored[reason] += ids
     return Scored(
         [prompt for part in parts for prompt in part.prompts],
         {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores},
@@ -244,6 +311,11 @@ def joined(parts: Sequence[Scored]) -> Scored:
         [row for part in parts for row in part.texts],
         {name: sum(part.events.get(name, 0) for part in parts) for name in events},
         None if parts[0].wins is None else np.concatenate([part.wins for part in parts if part.wins is not None]),
+        {
+            reason: [i for part in parts for i in part.unscored.get(reason, [])]
+            for part in parts
+            for reason in part.unscored
+        },
     )
 
 

@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
-from asn_rl.evaluation.benchmarking import EvaluateConfig, answer_codes, metric_names, per_entry, primary_metric
+from asn_rl.errors import AsnError, ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.evaluation.benchmarking import (
+    EvaluateConfig,
+    answer_codes,
+    gold_texts,
+    metric_names,
+    named_verifiers,
+    per_entry,
+    primary_metric,
+)
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import measure, parse_name
 from asn_rl.evaluation.power import PairedDesign, forecast, minimum_detectable_effect, pilot
@@ -27,24 +35,30 @@ from asn_rl.job.benchmark_runs import (
     fingerprint,
     joined,
     learned_arms,
+    leave_out,
+    nothing_ran,
     prepared,
     run_prompts,
     seed_name,
 )
 from asn_rl.job.job import Job
 from asn_rl.rewards.compose import unique_names
+from asn_rl.rewards.embedding_diversity import EMBEDDED
 from asn_rl.rewards.letter_judge import position_share
 from asn_rl.runs import console, write_json
 from asn_rl.training import parallel
 from asn_rl.types import Prompt
+
+FIRST = 3
+"""completions without a score that a note names"""
 
 
 def evaluate(job: Job) -> Record:
     """Run every rule of the grid and every policy on the benchmarks of `evaluate.tasks`. The best static rule is chosen
     on each benchmark's selection split; all comparisons are on its test split. Each turn of a conversation is a task.
 
-    Writes `evaluation/` and `evaluation.json`. What is there is passed over. A benchmark that cannot be run is named in
-    the record (`left_out`), and the others go on.
+    Writes `evaluation/` and `evaluation.json`. What is there is passed over; what was left out is tried again. A
+    benchmark that cannot be run or scored is named in the record (`left_out`), and the others go on.
 
     Raises:
         ConfigError: no tasks, or no grid of static rules.
@@ -53,18 +67,26 @@ def evaluate(job: Job) -> Record:
     """
     parallel.main_alone()
     path, config = job.run / "evaluation.json", job.config.evaluate
-    if path.exists():
-        return read_record(path)
+    done = read_record(path) if path.exists() else {"tasks": {}, "left_out": {}}
+    if done["tasks"] and not done["left_out"]:
+        return done
     if not config.tasks:
         raise ConfigError("evaluate.tasks is empty; name benchmarks, for example --tasks gsm8k,ifeval")
     arms = [*job.static_rules.values(), *learned_arms(job)]
     if config.reference is not None and config.reference not in (arm.name for arm in arms):
         raise UnknownName("evaluate.reference", config.reference, [arm.name for arm in arms])
     ready, left_out = prepared(job)
-    tasks = {}
+    tasks = done["tasks"]
     for task in ready:
+        if task.name in tasks:
+            continue
         console.print(f"\n[bold]{task.name}[/]: {task.benchmark.title}", highlight=False)
-        tasks[task.name] = _record(job, task, arms)
+        try:
+            tasks[task.name] = _record(job, task, arms)
+        except AsnError as error:
+            leave_out(left_out, task.name, error)
+    if not tasks:
+        raise DataError(nothing_ran(left_out))
     record = {"schema": SCHEMA, "base_model": job.backend.fingerprint, "tasks": tasks, "left_out": left_out}
     write_json(path, record)
     return record
@@ -86,6 +108,7 @@ def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
         limits={"prompts": config.limit, "tokens": task.rollout.max_new_tokens},
         primary=primary,
         judge=_judge(config, reference) if reference is not None else None,
+        stop_early=config.stop_early if decisions else None,
         how=config.how,
     )
     ks, scorers = config.ks or (config.num_generations,), unique_names(config.scorers)
@@ -93,11 +116,12 @@ def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
         _samples(job, task, scored, arms),
         [prompt.id for prompt in scored.prompts],
         settings,
-        metrics=metric_names(benchmark, ks, scorers, judged),
+        metrics=metric_names(benchmark, ks, scorers, judged, config.metrics),
         baseline=baseline,
         kinds={arm.name: "static" if arm.name in job.static_rules else "policy" for arm in arms},
         detectable=detectable,
         notes=_notes(scored, arms, decisions, len(task.prompts["test"])),
+        decisions=decisions,
     )
     return _with_seeds(job, record)
 
@@ -188,13 +212,21 @@ def _samples(job: Job, task: Task, scored: Scored, arms: Sequence[Arm]) -> Sampl
         first,
         tokens=scored.tokens,
         truncated=scored.truncated,
-        answers=answer_codes(scored.texts, first, task.benchmark.answers) if task.benchmark.answers else None,
+        answers=_answers(task, scored, first),
         scorers=chosen_by,
-        verifiers={v.name: scores[v.name] for v in verifiers[1:]} | chosen_by,
+        verifiers={name: scores[name] for name in named_verifiers(task.benchmark)} | chosen_by,
         wins=scored.wins,
         texts=scored.texts,
-        encoder="all-minilm-l6-v2",
+        encoder=EMBEDDED,
+        price=job.config.evaluate.price,
     )
+
+
+def _answers(task: Task, scored: Scored, scores: np.ndarray) -> np.ndarray | None:
+    kind = task.benchmark.answers
+    if kind is None:
+        return None
+    return answer_codes(scored.texts, scores, scored.truncated, kind, gold_texts(task.benchmark, scored.prompts))
 
 
 def _decisions(job: Job, values: np.ndarray, arms: Sequence[Arm], baseline: str) -> dict[str, StopDecision]:
@@ -208,6 +240,8 @@ def _decisions(job: Job, values: np.ndarray, arms: Sequence[Arm], baseline: str)
 
 def _notes(scored: Scored, arms: Sequence[Arm], decisions: Mapping[str, StopDecision], prompts: int) -> list[str]:
     notes = [f"{name} ({count})" for name, count in sorted(scored.events.items())]
+    for reason, ids in sorted(scored.unscored.items()):
+        notes.append(f"no score by {reason} ({len(ids)} completions; first: {'; '.join(ids[:FIRST])})")
     fixed = [arm.name for arm in arms if arm.deterministic]
     if fixed:
         notes.append(f"{', '.join(fixed)}: decoded once a prompt, counted as every sample")

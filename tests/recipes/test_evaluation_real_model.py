@@ -25,9 +25,11 @@ def test_a_raw_benchmark_stops_at_its_stop_string_and_a_chat_benchmark_is_chat(
     assert record["left_out"] == {}
     raw, chat = record["tasks"]["rg_gcd"], record["tasks"]["ifeval"]
     assert raw["arms"]["greedy"]["metrics"]["truncated"]["mean"] == 0  # four examples end with a new line, so does it
-    assert {f"score:{level}_acc" for level in ("inst_level_strict", "prompt_level_loose")} <= set(chat["metrics"])
+    names = [f"{level}_level_{mode}_acc" for level in ("prompt", "inst") for mode in ("strict", "loose")]
+    assert {f"score:{name}" for name in names} <= set(chat["metrics"])
     assert chat["arms"]["greedy"]["metrics"]["tokens"]["mean"] == 10
-    assert "ifeval" in write_evaluation_page(record, tmp_path / "page.html").read_text()
+    page = write_evaluation_page(record, tmp_path / "page.html").read_text()
+    assert all(f"<th>{name}</th>" in page for name in ["accuracy", *names])
 
 
 def test_a_judge_compares_two_turns_of_a_conversation(tmp_path: Path, benchmark_data: Path) -> None:

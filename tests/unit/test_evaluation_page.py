@@ -269,6 +269,42 @@ def test_the_page_is_one_file_that_claims_what_the_intervals_allow(tmp_path: Pat
     assert page.count("<mark>better</mark>") == 3, "in both tasks and over them"
 
 
+def looked_at(outcome: str, low: float, high: float) -> Record:
+    """A task whose policy has a difference that excludes zero for a fixed number of prompts."""
+    made = {**record(), "tasks": {"sums": record()["tasks"]["sums"]}}
+    sums = made["tasks"]["sums"]
+    sums["stop_early"] = 20
+    decision = {"outcome": outcome, "low": low, "high": high, "prompts": 60, "decided_at": None}
+    sums["arms"]["rl"]["sequential"] = decision | ({} if outcome == "undecided" else {"decided_at": 40})
+    return made
+
+
+def test_what_was_looked_at_while_it_ran_is_claimed_by_its_confidence_sequence_only(tmp_path: Path):
+    made = looked_at("undecided", -0.1, 0.6)
+    assert made["tasks"]["sums"]["arms"]["rl"]["difference"]["low"] > 0
+    assert claims(made["tasks"]["sums"]) == [
+        "Undecided: no difference between rl and greedy can be claimed: confidence sequence of the difference "
+        "[-0.100, +0.600] after 60 prompts, 90 %."
+    ]
+    page = write_evaluation_page(made, tmp_path / "page.html").read_text()
+    assert "<mark>" not in page
+    assert "This task was looked at while it ran" in page
+    assert "describes only" in page, "static rules were not asked about"
+    decided = looked_at("better", 0.1, 0.6)
+    assert claims(decided["tasks"]["sums"]) == [
+        "rl is better than greedy: confidence sequence of the difference [+0.100, +0.600] after 60 prompts, 90 %, "
+        "known after 40."
+    ]
+    assert write_evaluation_page(decided, tmp_path / "page.html").read_text().count("<mark>better</mark>") == 1
+
+
+def test_merging_keeps_that_a_task_was_looked_at():
+    fixed = {**record(2), "tasks": {"sums": record(2)["tasks"]["sums"]}}
+    merged = merge_records({"a": fixed, "b": looked_at("better", 0.1, 0.6)})["tasks"]["sums"]
+    assert merged["stop_early"] == 20
+    assert [line.split(":")[0] for line in claims(merged)] == ["rl (b) is better than greedy"]
+
+
 def test_the_terminal_shows_the_same_whole(capsys: pytest.CaptureFixture[str]):
     made = record()
     print_evaluation(made)

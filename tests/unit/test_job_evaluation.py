@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 
 from asn_policies import OrderStatisticsNetwork, Pipeline
+from asn_rl.analysis.evaluation_page import claims
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.checkpoint import save_policy
 from asn_rl.cli import main
 from asn_rl.config import from_dict
 from asn_rl.data.benchmark import benchmark_prompts, load_benchmark
 from asn_rl.errors import CheckpointError, ConfigError, DataError
+from asn_rl.evaluation.benchmarking import metric_names
+from asn_rl.evaluation.record import read_record
 from asn_rl.job import Job, JobConfig, evaluate
+from asn_rl.rewards import math as rewards_math
 from asn_rl.rewards.numeric import exact_answer
 from asn_rl.rollout import RolloutConfig, rollout
 
@@ -154,6 +159,84 @@ def test_an_evaluation_may_stop_early(benchmark: Path, tmp_path: Path) -> None:
     whole = benchmark_prompts(load_benchmark(benchmark), "test", tmp_path)
     assert set(task["prompts"]) <= {prompt.id for prompt in whole}
     assert any("what holds under such looking: own" in note for note in task["notes"])
+
+
+def test_an_undecided_policy_is_not_claimed_to_be_anything(benchmark: Path, tmp_path: Path) -> None:
+    policies = {"own": [str(policy_folder(tmp_path / "policy"))]}
+    job = Job(config(benchmark, policies=policies, stop_early=5), tmp_path / "run")
+    task = evaluate(job)["tasks"]["words"]
+    assert task["stop_early"] == 5
+    assert task["arms"]["own"]["sequential"]["outcome"] == "undecided"
+    assert "sequential" not in task["arms"]["greedy"]
+    assert [line.partition(":")[0] for line in claims(task)] == ["Undecided"]
+    assert "stop_early" not in evaluate(Job(config(benchmark, stop_early=5), tmp_path / "static"))["tasks"]["words"]
+
+
+def other(benchmark: Path, name: str, **changes: str) -> str:
+    """Another benchmark with the same data; `changes` replace text of its file."""
+    text = BENCHMARK.replace("name: words", f"name: {name}")
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    path = benchmark.with_name(f"{name}.yaml")
+    path.write_text(text)
+    return str(path)
+
+
+def test_what_is_not_installed_is_known_before_anything_is_generated(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
+    rewards_math.shared_verifier.cache_clear()
+    task = other(benchmark, "formulas", exact_answer="math_answer")
+    job = Job(config(benchmark, tasks=[task, str(benchmark)]), tmp_path / "run")
+    record = evaluate(job)
+    assert "pip install 'asn_rl[math]'" in record["left_out"][task]
+    assert list(record["tasks"]) == ["words"]
+    assert not (job.run / "evaluation" / "formulas").exists()
+    monkeypatch.undo()
+    assert list(evaluate(job)["tasks"]) == ["words", "formulas"], "what was left out is tried again"
+    assert read_record(job.run / "evaluation.json")["left_out"] == {}
+
+
+def test_a_task_that_cannot_be_scored_is_left_out_and_the_others_run(benchmark: Path, tmp_path: Path) -> None:
+    task = other(benchmark, "numbers", exact_answer="numeric_answer")  # whose answers are words
+    job = Job(config(benchmark, tasks=[task, str(benchmark)]), tmp_path / "run")
+    record = evaluate(job)
+    assert list(record["tasks"]) == ["words"]
+    assert "needs a number in the column 'answer'" in record["left_out"]["numbers"]
+    with pytest.raises(DataError, match="no benchmark can be run: numbers: numeric_answer needs a number"):
+        evaluate(Job(config(benchmark, tasks=[task]), tmp_path / "alone"))
+
+
+@pytest.mark.filterwarnings("ignore:.*crash_on. failed")
+def test_completions_without_a_score_are_named_with_the_reason(benchmark: Path, tmp_path: Path) -> None:
+    bad = benchmark_prompts(load_benchmark(benchmark), "test", tmp_path)[2]
+    scorers = [{"function": "toy_rewards:crash_on", "arguments": {"prompt": bad.content}}]
+    task = evaluate(Job(config(benchmark, scorers=scorers), tmp_path / "run"))["tasks"]["words"]
+    named = "; ".join(f"{bad.id}, greedy, {seed}" for seed in (3000, 3001, 3002))
+    found = [note for note in task["notes"] if note.startswith("no score by toy_rewards:crash_on: error, ZeroDivision")]
+    assert len(found) == 1
+    assert found[0].endswith(f"({3 * len(task['arms'])} completions; first: {named})")
+
+
+def test_more_metrics_and_a_price(benchmark: Path, tmp_path: Path) -> None:
+    job = Job(config(benchmark, metrics=["self_bleu", "cost"], price=0.5), tmp_path / "run")
+    task = evaluate(job)["tasks"]["words"]
+    found = task["arms"]["T=2"]["metrics"]
+    assert found["cost"]["mean"] == pytest.approx(0.5 * 3 * found["tokens"]["mean"])
+    assert found["self_bleu"]["mean"] is not None
+    with pytest.raises(ConfigError, match=r"unknown metric in evaluate\.metrics 'vendy'\. Did you mean 'vendi'"):
+        config(benchmark, metrics=["vendy"])
+    with pytest.raises(ConfigError, match="price must be >= 0"):
+        config(benchmark, price=-1)
+
+
+def test_several_verifiers_are_reported_by_name(benchmark: Path) -> None:
+    names = metric_names(load_benchmark("ifeval"), [4], ["length_budget"])
+    for level in ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose"):
+        assert f"score:{level}_acc" in names
+    assert [name for name in metric_names(load_benchmark("svamp"), [4], []) if name.startswith("score:")] == []
 
 
 def test_bad_settings_and_policies_are_refused(benchmark: Path, tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from asn_rl.data.benchmark import gold_rows, load_benchmark
 from asn_rl.errors import RewardError
 from asn_rl.rewards import math as rewards_math
 from asn_rl.rewards.astronomic import is_astronomic
-from asn_rl.rewards.math import MathVerifier, math_answer
+from asn_rl.rewards.extraction import marked_answer
+from asn_rl.rewards.math import MathVerifier, math_answer, only_repeats
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,92 @@ def test_reward_function() -> None:
         terminated=[True, True, False, True, True],
     )
     assert scores == [1.0, 0.0, 0.0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so $x = \\boxed{\\frac{1}{2}}$.", "$\\frac{1}{2}$"),
+        ("so $\\boxed{17}$ and $\\boxed{5}$.", "$17, 5$"),
+        ("First \\boxed{17}. Then \\boxed{5}", "$5$"),
+        ("\\boxed{7}. My answer is based on 3 theorems", "$7$"),
+        ("\\boxed{24}.\nFinal Answer: The final answer is $25$. I hope it is correct.", "$25$"),
+        ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "$[2,5)$"),
+        ("The final answer is $\\$18.90$. I hope it is correct.", "$\\$18.90$"),
+        ("The answer is:\n\\[ x=5 \\]", "$x=5$"),
+        ("The answer to the question is **1,234**.", "1,234"),
+        ("**Answer:** -3.5!", "-3.5"),
+        ("The answer is 7, since $x=5$.", "7"),
+        ("The answer is $\\boxed{7}$", "$7$"),
+        ("I think it is $7+8$", None),
+        ("Put the final answer within \\boxed{}.", None),
+        ("\\boxed{7", None),
+        ("The answer is unknown.", None),
+        ("", None),
+    ],
+)
+def test_marked_answers(text: str, answer: str | None) -> None:
+    assert marked_answer(text) == answer
+
+
+PROMPT = "Evaluate $(1+2i)6-3i$ and $7 + 8$, simplify $\\sqrt{242}$ and $\\frac{4}{8}$, $x + 1$, $2^{10}$."
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "repeats"),
+    [
+        ("$(1+2i)6-3i$", "6+9i", True),
+        ("$\\sqrt{242}$", "11\\sqrt2", True),
+        ("$\\left(1 + 2i\\right)6 - 3i$", "6+9i", True),
+        ("$\\dfrac{4}{8}$", "\\frac{1}{2}", True),
+        ("$2^{10}$", "1024", True),
+        ("7 + 8", "15", True),
+        ("$7+8 = 15$", "15", False),
+        ("$20-5$", "15", True),
+        ("$\\frac{30}{2}$", "15", True),
+        ("$0.3+0.2$", "0.5", True),
+        ("$\\frac{1}{2}$", "0.5", False),
+        ("$1/2$", "\\frac{1}{2}", False),
+        ("$10^6$", "1,000,000", False),
+        ("$1 + x$", "x+1", False),
+        ("$x+1$", "1+x", False),
+        ("$-15$", "-15", False),
+        ("$15 \\text{ cm}^2$", "15", False),
+        ("$3, -5$", "-5,3", False),
+        ("$9i + 6$", "6+9i", False),
+    ],
+)
+def test_what_is_not_worked_out(answer: str, gold: str, repeats: bool) -> None:
+    assert only_repeats(answer, gold, PROMPT) is repeats
+
+
+def test_marked_answers_only() -> None:
+    rewards_math.COUNTS.clear()
+    texts = ["I think it is $7+8$", PROMPT, "\\boxed{7+8}", "\\boxed{15}", "The answer is 15.", "15", "\\boxed{16}"]
+    answer = ["15"] * len(texts)
+    prompts = [[{"role": "user", "content": PROMPT}]] * len(texts)
+    assert math_answer(prompts, texts, answer=answer, marked=True, time_limit=20) == [0, 0, 0, 1, 1, 0, 0]
+    assert math_answer.__dict__["counts"] == {"unmarked": 3, "repeated": 1}
+    assert math_answer(prompts[:3], texts[:3], answer=answer[:3], time_limit=20) == [1, 0, 1]
+    assert math_answer(prompts[3:4], texts[3:4], answer=[None], marked=True) == [None]
+
+
+def test_problems_handed_back_are_not_answers(benchmark_data: Path) -> None:
+    """What the repeated problem of a MATH-500 row scores, in its own words and with its longest formula in a box."""
+    rows = gold_rows(load_benchmark("math500"), benchmark_data)
+    rows = [row for row in rows if len(row[1]["problem"]) < 60]
+    formulas = [max(re.findall(r"\$([^$]+)\$", fields["problem"]), key=len, default="") for _, fields in rows]
+    prompts, answers = [prompt.content for prompt, _ in rows], [fields["answer"] for _, fields in rows]
+    repeated, boxed = [fields["problem"] for _, fields in rows], [f"\\boxed{{{formula}}}" for formula in formulas]
+    for texts in (repeated, boxed):
+        assert sum(score or 0 for score in math_answer(prompts, texts, answer=answers)) >= 5
+        scores = math_answer(prompts, texts, answer=answers, marked=True)
+        right = {text for text, score in zip(texts, scores, strict=True) if score}
+        # Fractions in lowest terms are numbers, though the problems ask for decimals; and one answer is in its problem.
+        kept = ["\\frac{9}{2}", "\\frac{57}{160}", "\\frac{3}{20}", "\\sqrt{53}"]
+        assert right == (set() if texts is repeated else {f"\\boxed{{{formula}}}" for formula in kept})
+    golds = [f"Final Answer: The final answer is ${answer}$. I hope it is correct." for answer in answers]
+    assert math_answer(prompts, golds, answer=answers, marked=True, time_limit=20) == [1] * len(rows)
 
 
 def test_off_the_main_thread() -> None:

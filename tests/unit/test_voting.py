@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asn_rl.data.benchmark import load_benchmark
 from asn_rl.errors import InvalidValue
+from asn_rl.evaluation.benchmarking import answer_codes, gold_texts
 from asn_rl.evaluation.voting import (
     ANSWER_KEYS,
     best_of,
@@ -19,8 +21,10 @@ from asn_rl.evaluation.voting import (
     pass_at_k,
     read_answers,
     vote_accuracy,
+    vote_at_k,
     vote_credit,
 )
+from asn_rl.types import Prompt
 
 ANSWERS = st.lists(st.sampled_from(["a", "b", "c", None]), max_size=7)
 
@@ -38,6 +42,52 @@ def test_completions_that_mean_the_same_number_share_a_vote():
 def test_texts_are_compared_without_case_and_punctuation():
     found = read_answers(["Paris.", " paris", "Rome", ""], [True] * 4, ANSWER_KEYS["text"])
     assert found == ["paris", "paris", "rome", None]
+
+
+def test_formulas_are_told_apart_and_looks_are_not():
+    key = ANSWER_KEYS["marked"]
+    same = [
+        "\\boxed{\\frac{1}{56}}",
+        "so $\\boxed{ \\dfrac{1}{56} }$.",
+        "The final answer is $\\frac{1}{56}$. I hope so.",
+    ]
+    assert len({key(text) for text in same}) == 1
+    other = ["\\boxed{\\frac{5}{56}}", "\\boxed{\\frac{15}{6}}", "\\boxed{\\frac{1}{5}6}", "\\boxed{56}"]
+    assert len({key(text) for text in [*same, *other]}) == 5
+    assert key("\\boxed{1,234}") == key("The answer is 1234.0") == Decimal(1234)
+    assert key("1/56") is None
+
+
+# Codes of benchmarks
+
+
+def test_a_right_answer_votes_for_itself_however_it_is_written():
+    """GSM8K: 18 without its marks is the same vote; what the token limit cut off casts none, accepted or not."""
+    texts = [[["#### 18", "It is 18.", "#### 17", "17, I think", "#### 18", "17", "none"]]]
+    scores = np.array([[[1, 0, 0, 0, 1, 0, 0.0]]])
+    truncated = np.array([[[0, 0, 0, 0, 1, 1, 0.0]]])
+    assert answer_codes(texts, scores, truncated, "number", ["#### 18"]).tolist() == [[[0, 0, 1, 1, -1, -1, -1]]]
+    assert answer_codes(texts, scores, truncated, "number").tolist() == [[[0, 1, 2, 2, -1, -1, -1]]]
+    prompts = [Prompt("p", "q", {"answer": "18"})]
+    assert gold_texts(load_benchmark("gsm8k"), prompts) == ["#### 18"]
+    assert gold_texts(load_benchmark("humaneval"), prompts) == gold_texts(load_benchmark("ifeval"), prompts) == [None]
+
+
+DRAWS = st.lists(st.tuples(st.sampled_from(["#### 18", "18", "7", "8", "?"]), st.booleans()), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DRAWS, st.data())
+def test_majorities_are_those_of_every_choice_of_finished_completions(
+    draws: list[tuple[str, bool]], data: st.DataObject
+):
+    k = data.draw(st.integers(1, len(draws)))
+    texts, cut = [text for text, _ in draws], np.array([[[float(cut) for _, cut in draws]]])
+    scores = np.array([[[float(text == "#### 18") for text in texts]]])
+    codes = answer_codes([[texts]], scores, cut, "number", ["#### 18"])
+    votes = [None if cut or text == "?" else text.removeprefix("#### ") for text, cut in draws]
+    expected = np.mean([vote_credit(choice, "18") for choice in combinations(votes, k)])
+    assert vote_at_k(codes[0, 0], k) == pytest.approx(expected, abs=1e-12)
 
 
 # Votes
