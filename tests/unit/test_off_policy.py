@@ -170,8 +170,7 @@ def enumerated() -> Trajectories:
     """Each completion as a prompt of its own, replayed at T = 1."""
     ids = every_completion()
     out, _ = replay(BASE, TOY, [Prompt(f"{i:03d}", "w2") for i in range(len(ids))], ids, CONFIG)
-    out = out.with_logprobs(out.behaviour_logprobs)  # every completion there is, each with its exact probability
-    return out
+    return out.with_logprobs(out.behaviour_logprobs)  # every completion there is, each with its exact probability
 
 
 def probabilities(scale: float = 1.0, kept: int = 4) -> np.ndarray:
