@@ -241,10 +241,15 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _promote(job: Job, options: argparse.Namespace) -> int:
+    from asn_rl.data.jsonl import read_prompt_file
     from asn_rl.job import promote
+    from asn_rl.job.promotion import decided_on
 
     candidate = options.candidate or job.run / "policy"
-    record = promote(job, candidate, options.incumbent, into=options.into, output=options.output)
+    record = promote(
+        job, candidate, options.incumbent, into=options.into, output=options.output,
+        prompts=read_prompt_file(options.prompts) if options.prompts else None, seen=decided_on(options.seen),
+    )  # fmt: skip
     return 0 if record["outcome"] == "promoted" else 1
 
 
@@ -253,6 +258,14 @@ def _promotion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--incumbent", required=True, help="policy folder, or the name of a static rule")
     parser.add_argument("--into", type=Path, help="where the candidate goes if the incumbent is a rule")
     parser.add_argument("--output", type=Path, help="folder of the decision; default: promotion in the run folder")
+    parser.add_argument("--prompts", type=Path, help="JSONL file of the prompts that decide; default: promotion.split")
+    parser.add_argument(
+        "--seen",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of earlier decisions: their prompts may not decide",
+    )
 
 
 JOB_VERBS = {

@@ -45,6 +45,11 @@ def _split(row: dict[str, object], number: int, path: str) -> object:
     return mark
 
 
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """Every row of a JSONL file, whatever its split; rows as for `jsonl`, and the same errors."""
+    return [as_prompt(row, f"{path}, line {n}", f"line-{n}") for n, row in read_jsonl(path)]
+
+
 def as_prompt(row: Mapping[str, object], where: str, default_id: str) -> Prompt:
     """A prompt of a row `{"prompt": ..., "id": ..., further columns}`.
 

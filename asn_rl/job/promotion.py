@@ -52,7 +52,8 @@ def promote(
         incumbent: policy folder, or the name of a static rule: one of the job's heuristics, "greedy" or "T=1".
         config: default: `promotion` of the job's configuration.
         prompts: prompts that decide; default: those of `config.split`.
-        seen: further prompts that may not decide, for example those that decided on an earlier candidate.
+        seen: further prompts that may not decide. Those that decided in this run folder before may not, and see
+            `decided_on`.
         into: where a promoted candidate goes when the incumbent is a static rule; default: nowhere.
         output: default: `promotion` in the run folder.
 
@@ -60,7 +61,8 @@ def promote(
         What `decision.json` says.
 
     Raises:
-        DataError: a prompt that decides was trained or selected on, or a stratum column is missing.
+        DataError: a prompt that decides was trained or selected on or has decided before, or a stratum column is
+            missing.
         CheckpointError: no policy, one of another base model, or one that has changed since the comparison began.
         ConfigError: `output` holds another comparison.
         UnknownName: the incumbent is neither a folder nor a rule.
@@ -71,7 +73,8 @@ def promote(
     place = _place(job, candidate, incumbent, into)
     check_compatible(candidate, fingerprint=job.backend.fingerprint)
     prompts = job.prompts(config.split) if prompts is None else prompts
-    check_fresh(prompts, [*job.prompts("train"), *job.prompts("selection"), *seen])
+    earlier = [path.parent for path in job.run.glob("*/decision.json") if path.parent.resolve() != output.resolve()]
+    check_fresh(prompts, [*job.prompts("train"), *job.prompts("selection"), *decided_on(earlier), *seen])
     inputs = {
         CANDIDATE: folder_digest(candidate),
         INCUMBENT: str(incumbent),
@@ -99,14 +102,24 @@ def promote(
 
 
 def check_fresh(prompts: Sequence[Prompt], seen: Sequence[Prompt]) -> None:
-    """`DataError` if a prompt has the content of one that was seen; ids play no part."""
+    """`DataError` if a prompt has the content of one that was seen; ids play no part. A candidate may have learned it
+    by heart; and of several candidates that are compared on the same prompts, the luckiest would be promoted."""
     known = {_text(prompt): prompt.id for prompt in seen}
     for prompt in prompts:
         if _text(prompt) in known:
             raise DataError(
-                f"prompt {prompt.id!r} was seen in training or selection (there {known[_text(prompt)]!r}), where the "
-                "candidate may have learned it by heart; decide on prompts of another split or file"
+                f"prompt {prompt.id!r} was seen in training, selection or an earlier decision (there "
+                f"{known[_text(prompt)]!r}); decide on fresh prompts, of another split or file (--prompts)"
             )
+
+
+def decided_on(outputs: Sequence[Path]) -> list[Prompt]:
+    """The prompts of earlier comparisons, by their output folders.
+
+    Raises:
+        CheckpointError: a folder holds no comparison.
+    """
+    return [prompt for output in outputs for prompt in load_trajectories(output / INCUMBENT).prompts]
 
 
 def folder_digest(folder: Path) -> str | None:

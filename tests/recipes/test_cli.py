@@ -173,6 +173,13 @@ def test_a_policy_is_promoted_only_on_evidence(folder: Path, asn_rl: Command) ->
     assert done.status == (record["outcome"] != "promoted")
     assert (folder / "live").exists() == (record["outcome"] == "promoted")
     assert record["sentence"] in done.stdout
+    again = asn_rl(*job("promote", "run", *small), *arguments, "--output", "second")
+    assert (again.status, "earlier decision" in again.stderr) == (2, True)
+    (folder / "fresh.jsonl").write_text("".join(json.dumps({"prompt": f"w{i} w{i}"}) + "\n" for i in range(1, 9)))
+    fresh = asn_rl(*job("promote", "run", *small), *arguments, "--output", "second", "--prompts", "fresh.jsonl")
+    assert fresh.status in (0, 1), fresh.stderr
+    once_more = ("--output", "third", "--prompts", "fresh.jsonl", "--seen", "second")
+    assert "earlier decision" in asn_rl(*job("promote", "run", *small), *arguments, *once_more).stderr
     wrong = asn_rl(*job("promote", "run", *small), "--incumbent", "gredy")
     assert wrong.status == 2
     assert "Did you mean 'greedy'" in wrong.stderr

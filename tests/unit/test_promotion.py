@@ -22,7 +22,7 @@ from asn_rl.data import DataConfig
 from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError, InvalidValue, UnknownName
 from asn_rl.evaluation.promotion import Decision, PromotionConfig, minimum_detectable_effect, promotion_test
 from asn_rl.job import HeuristicSpec, Job, JobConfig, promotion
-from asn_rl.job.promotion import folder_digest, promote
+from asn_rl.job.promotion import decided_on, folder_digest, promote
 from asn_rl.rewards.compose import RewardConfig
 from asn_rl.rollout import RolloutConfig
 from asn_rl.types import Prompt
@@ -301,7 +301,9 @@ def test_prompts_that_were_seen_are_refused(job: Job, tmp_path: Path):
     train, selection, test = (job.prompts(split) for split in ("train", "selection", "test"))
     for split in (train, selection):
         renamed = Prompt("another id", split[7].content)
-        message = rf"prompt 'another id' was seen in training or selection \(there '{split[7].id}'\)"
+        message = (
+            rf"prompt 'another id' was seen in training, selection or an earlier decision \(there '{split[7].id}'\)"
+        )
         with pytest.raises(DataError, match=message):
             promote(job, candidate, "greedy", config=CONFIG, prompts=[*test, renamed])
     with pytest.raises(DataError, match="was seen in training"):
@@ -311,6 +313,11 @@ def test_prompts_that_were_seen_are_refused(job: Job, tmp_path: Path):
     assert not (job.run / "promotion").exists()
     same_id = Prompt(train[0].id, "w1 w2 w3")
     promote(job, candidate, "greedy", config=CONFIG, prompts=[same_id, *test[:20]])
+    other, next_candidate = saved(tmp_path / "newer", GREEDY), job.run / "second"
+    with pytest.raises(DataError, match="earlier decision"):
+        promote(job, other, "greedy", config=CONFIG, prompts=test, output=next_candidate)
+    promote(job, other, "greedy", config=CONFIG, prompts=test[20:], output=next_candidate)
+    assert {prompt.id for prompt in decided_on([next_candidate])} == {prompt.id for prompt in test[20:]}
 
 
 def test_inputs_that_do_not_fit(job: Job, tmp_path: Path):
