@@ -23,7 +23,7 @@ from asn_rl.backends.batching import chunks_of_similar_length, scoring_chunks
 from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.fingerprint import fingerprint
 from asn_rl.backends.hf_session import HFSession
-from asn_rl.backends.kv_cache import has_recurrent_layers, is_row_cache, row_cache
+from asn_rl.backends.kv_cache import has_recurrent_layers, is_row_cache, reorder, row_cache, row_layers
 from asn_rl.backends.model_parts import CaptureHidden, final_norm, output_embedding
 from asn_rl.backends.weight_layout import store_by_input
 from asn_rl.errors import BackendError, InvalidValue
@@ -217,7 +217,7 @@ class HFBackend:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the prompts, one over the completions behind them, padded on the right."""
         cache, mask, first, first_hidden, owner = self._prefill(prompts, 1, layers)
-        cache.reorder_cache(owner)  # type: ignore[arg-type]
+        reorder(cache, owner)
         mask, first, first_hidden = mask[owner], first[owner], first_hidden[owner]
         ids, real = self._padded_right([row[:-1] for row in completions])
         width = ids.shape[1]
@@ -431,6 +431,5 @@ def _copy_into(
 ) -> None:
     """Copy slots `start` onwards of `part`, whose rows are as many as `rows` or one for all, into `rows` and `columns`
     of a cache of `shape`."""
-    for target, layer in zip(cache.layers, part.layers, strict=True):
-        keys, values = (store[: layer.rows, :, start : layer.length] for store in layer.store)  # type: ignore[attr-defined]
-        target.fill(keys, values, rows, columns, shape)  # type: ignore[attr-defined]
+    for target, layer in zip(row_layers(cache), row_layers(part), strict=True):
+        target.fill(*layer.entries(start), rows, columns, shape)

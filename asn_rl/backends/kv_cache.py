@@ -41,8 +41,13 @@ class RowLayer(CacheLayerMixin):
         for store, new in zip(self._stores(), (key_states, value_states), strict=True):
             store[: self.rows, :, self.length : end] = new
         self.length = end
-        keys, values = (store[: self.rows, :, :end] for store in self._stores())
-        return keys, values
+        return self.entries()
+
+    def entries(self, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values from slot `start` on."""
+        keys, values = self._stores()
+        used = (slice(self.rows), slice(None), slice(start, self.length))
+        return keys[used], values[used]
 
     def fill(self, keys: Tensor, values: Tensor, rows: Tensor, columns: slice, shape: tuple[int, int]) -> None:
         """Write prefilled entries into some rows and columns of a cache of `shape` (rows, slots)."""
@@ -107,8 +112,20 @@ def row_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def row_layers(cache: DynamicCache) -> list[RowLayer]:
+    """The layers of a cache of `RowLayer`s; none of any other cache."""
+    layers = [layer for layer in cache.layers if isinstance(layer, RowLayer)]
+    return layers if len(layers) == len(cache.layers) else []
+
+
 def is_row_cache(cache: DynamicCache) -> bool:
-    return bool(cache.layers) and all(isinstance(layer, RowLayer) for layer in cache.layers)
+    return bool(row_layers(cache))
+
+
+def reorder(cache: DynamicCache, order: Tensor) -> None:
+    """Make row i of any cache what row order[i] was."""
+    # Unlike batch_select_indices, every kind of layer has it; declared for LongTensor, which no function returns.
+    cache.reorder_cache(order)  # type: ignore[arg-type]
 
 
 def has_recurrent_layers(cache: DynamicCache) -> bool:
@@ -124,11 +141,10 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
     order[holes] = movers
     order = order[:remaining]
     if is_row_cache(cache):
-        for layer in cache.layers:
-            layer.move_rows(movers, holes, remaining, remaining)  # type: ignore[attr-defined]
+        for layer in row_layers(cache):
+            layer.move_rows(movers, holes, remaining, remaining)
     else:
-        # Unlike batch_select_indices, every kind of layer has it.
-        cache.reorder_cache(order)  # type: ignore[arg-type]
+        reorder(cache, order)
     return order
 
 
@@ -138,8 +154,8 @@ def copy_rows(cache: DynamicCache, source: Tensor, rows: int, most: int) -> None
         return
     new = torch.arange(rows, rows + len(source), device=source.device)
     if is_row_cache(cache):
-        for layer in cache.layers:
-            layer.move_rows(source, new, rows + len(source), most)  # type: ignore[attr-defined]
+        for layer in row_layers(cache):
+            layer.move_rows(source, new, rows + len(source), most)
     else:
         everyone = torch.arange(rows, device=source.device)
-        cache.reorder_cache(torch.cat([everyone, source]))  # type: ignore[arg-type]
+        reorder(cache, torch.cat([everyone, source]))

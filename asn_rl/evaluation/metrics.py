@@ -110,19 +110,17 @@ def vendi(samples: Samples) -> np.ndarray:
         RewardError: the encoder is not installed or cannot be loaded.
     """
     from asn_rl.ops.kernels import vendi_score
-    from asn_rl.rewards.embedding_diversity import cosine_kernel, embed, load_encoder
+    from asn_rl.rewards.embedding_diversity import group_kernels, load_encoder
 
     assert samples.encoder is not None
     assert samples.texts is not None
     encoder = load_encoder(samples.encoder)
     found = np.full(samples.scores.shape[:2], np.nan)
     for prompt, groups in enumerate(samples.texts):  # a prompt at a time: its arms share many completions
-        rows = {text: row for row, text in enumerate(dict.fromkeys(_given(groups)))}
-        kernel = cosine_kernel(embed(list(rows), encoder))
-        for arm, group in enumerate(groups):
-            which = [rows[text] for text in group if text is not None]
-            if which:
-                found[prompt, arm] = float(vendi_score(kernel[which][:, which]))
+        given = [[text for text in group if text is not None] for group in groups]
+        for arm, kernel in enumerate(group_kernels(given, encoder)):
+            if len(kernel):
+                found[prompt, arm] = float(vendi_score(kernel))
     return found
 
 
@@ -224,10 +222,6 @@ def available(samples: Samples, ks: Sequence[int] = ()) -> list[str]:
 def _known(samples: Samples, need: str) -> bool:
     value = getattr(samples, need)
     return value is not None and (need not in ("scorers", "verifiers") or bool(value))
-
-
-def _given(groups: Sequence[Sequence[str | None]]) -> list[str]:
-    return [text for group in groups for text in group if text is not None]
 
 
 def _array(values: np.ndarray | None) -> np.ndarray:

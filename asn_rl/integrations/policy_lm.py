@@ -100,7 +100,7 @@ class PolicyCausalLM(PreTrainedModel):
         return cls(config, policy, _loaded(base))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         folder: str | Path,
         *,

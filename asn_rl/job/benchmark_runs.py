@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -138,21 +137,14 @@ def _check_installed(job: Job, task: Task) -> None:
         function = load_function(REWARDS.path(reward.function), reward.arguments)
         if reward.isolation == "process":  # what it loads is for its own process
             continue
-        with _own_errors_only():
+        try:
             function([], [], **{name: cells for name, cells in nothing.items() if name not in reward.arguments})
+        except AsnError:
+            raise
+        except Exception:
+            continue  # a function of somebody else's need not bear being called with nothing
     if any("encoder" in METRICS[name].needs for name in (*task.benchmark.metrics, *config.metrics) if name in METRICS):
         load_encoder(EMBEDDED)
-
-
-@contextmanager
-def _own_errors_only() -> Iterator[None]:
-    """Only errors of this library pass: a function of somebody else's need not bear being called with nothing."""
-    try:
-        yield
-    except AsnError:
-        raise
-    except Exception:
-        return
 
 
 def _verifiers(benchmark: Benchmark) -> list[RewardConfig]:
@@ -311,11 +303,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
         [row for part in parts for row in part.texts],
         {name: sum(part.events.get(name, 0) for part in parts) for name in events},
         None if parts[0].wins is None else np.concatenate([part.wins for part in parts if part.wins is not None]),
-        {
-            reason: [i for part in parts for i in part.unscored.get(reason, [])]
-            for part in parts
-            for reason in part.unscored
-        },
+        dict(unscored),
     )
 
 

@@ -207,16 +207,13 @@ def rewards_of(job: Job, split: str, candidates: CandidateStore, labels: dict[st
     return torch.stack(totals, 1).numpy().reshape(count, samples, heuristics).swapaxes(1, 2)
 
 
-def rewards_apart(
-    job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels] | None = None
-) -> np.ndarray:
+def rewards_apart(job: Job, split: str, candidates: CandidateStore, labels: dict[str, labelling.Labels]) -> np.ndarray:
     """As `rewards_of`, with completions compared within each half of the seeds only.
 
     Raises:
         DataError: a reward has no labels of halves.
     """
-    found = labels or labels_of(job, split, candidates)
-    apart = {name: replace(part, scores=part.apart) for name, part in found.items()}
+    apart = {name: replace(part, scores=part.apart) for name, part in labels.items()}
     for config, part in zip(job.config.rewards, reward_scores(job, split, apart), strict=True):
         if np.isnan(part).all():
             raise DataError(

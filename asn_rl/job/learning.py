@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from asn_rl.checkpoint import check_compatible, load_policy, save_policy
 from asn_rl.data.store import load_trajectories, save_trajectories
 from asn_rl.errors import ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm, arm_result, paired_difference, run_arm, table
-from asn_rl.evaluation.controls import ShuffledContext, mixed_order
+from asn_rl.evaluation.controls import ShuffledContext, run_mixed
 from asn_rl.job.conditioning import lesson_of
 from asn_rl.job.config import CONTROLS, DISTILLED, RL, SHUFFLED, CompareConfig
 from asn_rl.job.job import BASE, GREEDY, Job
@@ -190,8 +189,7 @@ def compare(job: Job) -> dict[str, Any]:
     results = []
     with progress("compare", len(arms)) as advance:
         for arm in arms:
-            order = mixed_order(len(prompts), config.seed) if arm.name == SHUFFLED else range(len(prompts))
-            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, order, config)
+            trajectories = _stored_rollout(job, job.run / "comparison" / arm.name, arm, prompts, config)
             results.append(arm_result(arm.name, trajectories, job.rewards, config.num_generations))
             advance(1, arm.name)
     options = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
@@ -235,16 +233,13 @@ def _stored_rollout(
     folder: Path,
     arm: Arm,
     prompts: Sequence[Prompt],
-    order: Sequence[int],
     config: CompareConfig,
 ) -> Trajectories:
-    """What `folder` holds, or a rollout that is then stored there. Prompts are completed in `order`, batch by batch,
-    and stored in their own."""
+    """What `folder` holds, or a rollout that is then stored there."""
     if folder.exists():
         return load_trajectories(folder)
     samples, seed = config.num_generations, config.seed
-    drawn = run_arm(arm, job.backend, [prompts[i] for i in order], job.config.rollout, samples, seed)
-    places = np.argsort(order)
-    trajectories = drawn.select([int(place) * samples + k for place in places for k in range(samples)])
+    run = run_mixed if arm.name == SHUFFLED else run_arm
+    trajectories = run(arm, job.backend, prompts, job.config.rollout, samples, seed)
     save_trajectories(folder, trajectories)
     return trajectories

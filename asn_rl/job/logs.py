@@ -17,6 +17,7 @@ from asn_rl.evaluation.reward_log import RewardLog, load_reward_log, save_reward
 from asn_rl.evaluation.statistics import Resampling
 from asn_rl.job.job import Job
 from asn_rl.job.labelling import SPLITS, label, labels_of, prompts, rewards_apart, rewards_of
+from asn_rl.labelling.labels import Labels
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.protocols import LogitsBackend
 from asn_rl.rollout import encoded_prompts
@@ -32,15 +33,27 @@ def reward_log(job: Job, split: str) -> RewardLog:
     Raises:
         UnknownName: a split without candidates.
     """
-    if split not in SPLITS:
-        raise UnknownName("split of candidates", split, SPLITS)
+    _check_split(split)
     parallel.main_alone()
     folder = job.run / "logs" / split
     if folder.exists():
         return load_reward_log(folder)
-    candidates, texts = label(job)[split], prompts(job)[split]
+    candidates = label(job)[split]
+    return _recorded(job, split, candidates, labels_of(job, split, candidates))
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UnknownName("split of candidates", split, SPLITS)
+
+
+def _recorded(job: Job, split: str, candidates: CandidateStore, labels: dict[str, Labels]) -> RewardLog:
+    """What `logs/SPLIT/` holds, or a log that is then stored there."""
+    folder, texts = job.run / "logs" / split, prompts(job)[split]
+    if folder.exists():
+        return load_reward_log(folder)
     log = RewardLog(
-        rewards=rewards_of(job, split, candidates, labels_of(job, split, candidates)),
+        rewards=rewards_of(job, split, candidates, labels),
         tokens=_token_counts(candidates),
         actions=candidates.grid.heuristics,
         prompt_ids=candidates.grid.prompts,
@@ -62,7 +75,11 @@ def headroom(job: Job, split: str = "train") -> HeadroomReport:
     """
     compare = job.config.compare
     how = Resampling(compare.resamples, compare.level, compare.seed)
-    log = replace(reward_log(job, split), rewards=rewards_apart(job, split, label(job)[split]))
+    _check_split(split)
+    parallel.main_alone()
+    candidates = label(job)[split]
+    labels = labels_of(job, split, candidates)
+    log = replace(_recorded(job, split, candidates, labels), rewards=rewards_apart(job, split, candidates, labels))
     report = measured(log, job.config.bandit, how)
     write_json(job.run / "headroom.json", {"split": split, **report.as_dict()})
     return report

@@ -13,7 +13,7 @@ from asn_rl.labelling.rating import interval
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.ops.kernels import von_neumann_entropy
 from asn_rl.ops.ngrams import distinct_n, self_bleu
-from asn_rl.rewards.embedding_diversity import cosine_kernel, embed, load_encoder
+from asn_rl.rewards.embedding_diversity import group_kernels, load_encoder
 from asn_rl.runs import progress
 
 LEXICAL = ("self_bleu", "distinct_1", "distinct_2", "distinct_3")
@@ -90,13 +90,11 @@ def _texts(store: CandidateStore, prompt: int) -> list[list[str]]:
 
 def _of_prompt(groups: Sequence[Sequence[str]], measures: Sequence[str], encoder: str) -> np.ndarray:
     """(measures, A); NaN for a heuristic with fewer than two completions."""
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
-    # All heuristics at once: they share many completions, and each is embedded once.
-    kernel = cosine_kernel(embed(list(rows), load_encoder(encoder))) if encoder else None
+    # All heuristics at once: they share many completions.
+    kernels = group_kernels(groups, load_encoder(encoder)) if encoder else [None] * len(groups)
     found = np.full((len(measures), len(groups)), np.nan)
-    for j, group in enumerate(groups):
+    for j, (group, kernel) in enumerate(zip(groups, kernels, strict=True)):
         if len(group) > 1:
-            which = [rows[text] for text in group]
-            figures = group_diversity(group, None if kernel is None else kernel[which][:, which])
+            figures = group_diversity(group, kernel)
             found[:, j] = [figures[measure] for measure in measures]
     return found

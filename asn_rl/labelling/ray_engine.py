@@ -161,7 +161,7 @@ class LabelWorker:
     def _answer(self, number: int, chunk: Chunk) -> dict[str, Any]:
         import ray
 
-        before = int(ray.get(self.attempts.begin.remote(number)))  # type: ignore[arg-type]
+        before = int(ray.get(self.attempts.begin.remote(number)))
         try:
             if before > self.retries:
                 return self._masked(chunk, before)

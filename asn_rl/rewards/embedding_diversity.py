@@ -150,6 +150,14 @@ def cosine_kernel(embeddings: Tensor) -> Tensor:
     return embeddings @ embeddings.T
 
 
+def group_kernels(groups: Sequence[Sequence[str]], encoder: Encoder) -> list[Tensor]:
+    """(n, n) cosine similarities within each group of n texts. A text that several groups share is embedded once."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
+    kernel = cosine_kernel(embed(list(rows), encoder))
+    places = [[rows[text] for text in group] for group in groups]
+    return [kernel[place][:, place] for place in places]
+
+
 def _mean_states(ids: list[list[int]], model: Any) -> Tensor:
     """(n, d) float64 means of the last hidden states of n token lists."""
     rows = [torch.tensor(row) for row in ids]

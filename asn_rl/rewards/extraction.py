@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from asn_rl.data.benchmark_format import closing_brace
 from asn_rl.errors import RewardError
 from asn_rl.rewards.inputs import completion_text, required_column, terminated_flags
 
@@ -109,7 +110,7 @@ def marked_answer(text: str) -> str | None:
 
 def _boxed(text: str) -> list[tuple[int, str]]:
     """(place, answer) of the last boxes."""
-    spans = [(match.start(), match.end(), _closing(text, match.end())) for match in _BOX.finditer(text)]
+    spans = [(match.start(), match.end(), closing_brace(text, match.end())) for match in _BOX.finditer(text)]
     boxes = [(start, low, high) for start, low, high in spans if high is not None and text[low:high].strip()]
     if not boxes:
         return []
@@ -117,16 +118,6 @@ def _boxed(text: str) -> list[tuple[int, str]]:
     while first and _NEXT.fullmatch(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
         first -= 1
     return [(boxes[-1][0], f"${', '.join(text[low:high].strip() for _, low, high in boxes[first:])}$")]
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Place of the brace that closes the one before `start`."""
-    depth = 1
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return at
-    return None
 
 
 def _announced(text: str, phrases: Sequence[re.Match[str]]) -> list[tuple[int, str]]:

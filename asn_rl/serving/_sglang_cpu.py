@@ -59,7 +59,7 @@ def _kernels() -> ModuleType:
 
         return refuse
 
-    module.__getattr__ = missing  # type: ignore[method-assign]  # PEP 562
+    module.__getattr__ = missing  # PEP 562
     return module
 
 

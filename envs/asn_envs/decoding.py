@@ -167,7 +167,7 @@ class DecodingEnv(gym.Env[Obs, np.int64]):
         terminated = terminated or self.limit_terminates
         return obs, value or 0.0, terminated, not terminated, info | episode_info(episode, value)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Prompt and text so far, in render mode "ansi"."""
         return self._generation.text(0) if self.render_mode == "ansi" else None
 

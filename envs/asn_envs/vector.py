@@ -192,7 +192,7 @@ class DecodingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         obs, ends = self._as_output(as_dict(observed)), self._as_output(flags)
         return obs, self._as_rewards(rewards), ends["terminated"], ends["truncated"], infos
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[str, ...] | None:
         """Prompt and text so far of every row, in render mode "ansi"."""
         return tuple(map(self._generation.text, range(self.num_envs))) if self.render_mode == "ansi" else None
 
