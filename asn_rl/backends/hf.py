@@ -25,7 +25,7 @@ from asn_rl.backends.fingerprint import fingerprint
 from asn_rl.backends.hf_session import HFSession
 from asn_rl.backends.kv_cache import has_recurrent_layers, is_row_cache, reorder, row_cache, row_layers
 from asn_rl.backends.model_parts import CaptureHidden, final_norm, output_embedding
-from asn_rl.backends.weight_layout import store_by_input
+from asn_rl.backends.weight_layout import pack_weights
 from asn_rl.errors import BackendError, InvalidValue
 from asn_rl.protocols import Scored
 from asn_rl.types import Messages
@@ -118,7 +118,7 @@ class HFBackend:
                 "language model, or the embedded name smollm2-135m-instruct"
             ) from error
         _models[key] = model.to(device)  # type: ignore[call-arg]
-        store_by_input(model)
+        pack_weights(model)
         return cls(
             model,
             tokenizer,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from asn_rl.errors import DataError, InvalidValue
+from asn_rl.latex import last_boxed
 from asn_rl.types import Messages
 
 FOLLOW_UPS = "follow_ups"
@@ -152,21 +153,3 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}: a template shows text, numbers and lists of them, got {value!r:.100}")
     return str(value).replace("\r\n", "\n")
-
-
-def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{...}` of a text holds, braces balanced; None: there is none."""
-    mark = text.rfind("\\boxed{")
-    start = mark + len("\\boxed{")
-    end = None if mark < 0 else closing_brace(text, start)
-    return None if end is None else text[start:end]
-
-
-def closing_brace(text: str, start: int) -> int | None:
-    """Place of the brace that closes the one before `start`; None: there is none."""
-    depth = 1
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return at
-    return None

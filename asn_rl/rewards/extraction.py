@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from asn_rl.data.benchmark_format import closing_brace
 from asn_rl.errors import RewardError
+from asn_rl.latex import closing_brace
 from asn_rl.rewards.inputs import completion_text, required_column, terminated_flags
 
 GSM8K_ANSWER = "#### (-?[0-9.,]+)"

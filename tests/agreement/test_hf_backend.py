@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from asn_rl.backends import BackendConfig, hf, load_backend
 from asn_rl.backends.embedded import resolve_model
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.kv_cache import is_row_cache
-from asn_rl.backends.weight_layout import store_by_input
+from asn_rl.backends.weight_layout import PackedLinear, pack_weights
 from asn_rl.errors import BackendError, DataError, InvalidValue, UnknownName
 from asn_rl.replay import replay
 from asn_rl.rollout import RolloutConfig, rollout
@@ -42,10 +43,6 @@ GREEDY = Pipeline([{"name": "greedy"}])
 @torch.no_grad()
 def plain_forward(backend: HFBackend, ids: Sequence[int]) -> Any:
     return backend.model(input_ids=torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True)
-
-
-def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def decode(
@@ -281,27 +278,44 @@ def test_the_base_model_is_frozen(smollm: HFBackend):
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
 
 
-def test_weights_that_are_turned_in_memory_are_the_models_own(smollm: HFBackend):
+def test_packed_weights_are_the_models_own(smollm: HFBackend):
     assert smollm.model.dtype == torch.float32
     model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m-instruct"), dtype=torch.float32)
+    packed = [layer for layer in smollm.model.modules() if isinstance(layer, PackedLinear)]
+    assert len(packed) == 7 * 30 + 1
     ours, theirs = smollm.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-    turned = [layer.weight for layer in _linears(smollm.model)]
-    assert len(turned) == 7 * 30 + 1
-    assert all(weight.t().is_contiguous() for weight in turned)
-    assert smollm.model.get_input_embeddings().weight.is_contiguous()
-    store_by_input(smollm.model)
-    assert all(layer.weight is weight for layer, weight in zip(_linears(smollm.model), turned, strict=True))
+    pack_weights(smollm.model)
+    assert packed == [layer for layer in smollm.model.modules() if isinstance(layer, PackedLinear)]
     ids = torch.tensor([smollm.encode("Name an animal.")])
     with torch.inference_mode():
         torch.testing.assert_close(smollm.model(ids).logits, model(ids).logits, atol=SMOLLM_ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (0, 3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_is_the_layer(shape: tuple[int, ...], bias: bool):
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 7, bias=bias)
+    model = nn.ModuleDict({"first": linear, "again": linear})
+    pack_weights(model)
+    packed = model["first"]
+    assert isinstance(packed, PackedLinear)
+    assert packed is model["again"]
+    inputs = torch.randn(shape)
+    with torch.inference_mode():
+        for layer in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+            torch.testing.assert_close(layer(inputs), linear(inputs))
+            assert layer.state_dict().keys() == linear.state_dict().keys()
+            assert torch.equal(layer.state_dict()["weight"], linear.weight)
+
+
 def test_bf16_weights_stay_as_they_lie():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5)).to(torch.bfloat16)
-    store_by_input(model)
-    assert all(layer.weight.is_contiguous() for layer in _linears(model))
+    layers = list(model)
+    pack_weights(model)
+    assert list(model) == layers
 
 
 def test_turn_markers_end_a_completion(smollm: HFBackend):

@@ -112,7 +112,7 @@ def served(model: PolicyCausalLM, prompt: list[int], completion: list[int]) -> T
 
 
 def digest(module: torch.nn.Module) -> str:
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in module.state_dict().values())).hexdigest()
 
 
 def test_what_of_trl_is_relied_on_is_there(base: BackendConfig) -> None:

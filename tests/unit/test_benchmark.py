@@ -12,11 +12,12 @@ import yaml
 
 from asn_rl.data import DataConfig, load_prompts
 from asn_rl.data.benchmark import Benchmark, benchmark_names, benchmark_prompts, gold_rows, load_benchmark
-from asn_rl.data.benchmark_format import as_text, last_boxed, render
+from asn_rl.data.benchmark_format import as_text, render
 from asn_rl.data.ifeval import ifeval
 from asn_rl.data.splits import SPLITS
 from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
 from asn_rl.evaluation.metrics import METRICS
+from asn_rl.latex import last_boxed
 from asn_rl.rewards import REWARDS
 from asn_rl.rewards.contract import load_function
 from asn_rl.types import Prompt
