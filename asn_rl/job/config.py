@@ -199,6 +199,11 @@ class JobConfig:
         if self.condition is not None and (self.distill.target != "tokens" or not self.warm_start):
             found = f"with distill.target {self.distill.target}, warm_start {str(self.warm_start).lower()}"
             raise InvalidValue("condition", found, "with distill.target tokens, warm_start true", "or null")
+        if len(self.grpo.pass_k) > 1:
+            advice = (
+                "its comparison has no parallel samples; scripts/parallel_samples.py trains and compares for several"
+            )
+            raise InvalidValue("grpo.pass_k", list(self.grpo.pass_k), "one number in a job", advice)
         if self.serve is not None and self.algorithm == "lpo":
             raise InvalidValue("serve", self.serve.engine, "null with algorithm lpo", "it learns from candidates alone")
 

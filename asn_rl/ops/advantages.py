@@ -38,7 +38,7 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     return torch.where(valid & (others > 0), rewards - baseline, 0.0)
 
 
-def pass_at_k_advantages(rewards: Tensor, k: int) -> Tensor:
+def pass_at_k_advantages(rewards: Tensor, k: int | Tensor) -> Tensor:
     """(G, n) rewards of 0 or 1 -> advantages whose policy gradient raises pass@k (Chen et al. 2025, arXiv:2508.10751,
     "analytical derivation").
 
@@ -47,29 +47,34 @@ def pass_at_k_advantages(rewards: Tensor, k: int) -> Tensor:
     subsets it belongs to: (1 - rho) / s if it is right, (1 - rho - C(w - 1, k - 1) / C(n - 1, k - 1)) / s if wrong.
     0 where s is 0. NaN rewards are masked: they get advantage 0 and count in no group.
 
+    Args:
+        k: one for all groups, or (G,).
+
     Raises:
         InvalidValue: a reward other than 0 and 1, or k not in [1, n].
     """
     valid = ~rewards.isnan()
-    if not 1 <= k <= rewards.shape[-1]:
+    ks = torch.as_tensor(k, device=rewards.device).expand(len(rewards)).unsqueeze(-1)
+    if not bool(((ks >= 1) & (ks <= rewards.shape[-1])).all()):
         raise InvalidValue("pass_k", k, f"in [1, {rewards.shape[-1]}], the completions of a group")
     if not bool(((rewards == 0) | (rewards == 1) | ~valid).all()):
         wrong_one = rewards[valid & (rewards != 0) & (rewards != 1)][0].item()
         raise InvalidValue("reward", wrong_one, "0 or 1", "pass@k needs completions that are right or wrong")
     count, right = valid.sum(-1, keepdim=True).double(), valid & (rewards == 1)
     wrong = count - right.sum(-1, keepdim=True)
-    none_right = _binomial_ratio(wrong, count, k)
+    none_right = _binomial_ratio(wrong, count, ks)
     scale = (none_right * (1 - none_right)).sqrt()
-    others_wrong = _binomial_ratio(wrong - 1, count - 1, k - 1)
+    others_wrong = _binomial_ratio(wrong - 1, count - 1, ks - 1)
     advantages = torch.where(right, none_right, none_right - others_wrong) / scale
     return torch.where(valid & (scale > 0), advantages, 0.0)
 
 
-def _binomial_ratio(wrong: Tensor, count: Tensor, k: int) -> Tensor:
+def _binomial_ratio(wrong: Tensor, count: Tensor, k: Tensor) -> Tensor:
     """C(wrong, k) / C(count, k), elementwise; 0 where wrong < k."""
     ratio = torch.ones_like(count)
-    for i in range(k):
-        ratio = ratio * ((wrong - i) / (count - i).clamp_min(1)).clamp_min(0)
+    for i in range(int(k.max())):
+        factor = ((wrong - i) / (count - i).clamp_min(1)).clamp_min(0)
+        ratio = torch.where(i < k, ratio * factor, ratio)
     return ratio
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from asn_rl.protocols import LogitsBackend, Policy, TrainablePolicy
 from asn_rl.rewards.compose import RewardSuite, score
 from asn_rl.rollout import RolloutConfig
 from asn_rl.training import parallel
-from asn_rl.training.on_policy import OnPolicyTrainer, Sampler
+from asn_rl.training.on_policy import OnPolicyTrainer, Sampler, step_seed
 from asn_rl.training.policy_gradient import (
     Batch,
     PolicyGradientConfig,
@@ -50,15 +51,21 @@ class GRPOConfig(PolicyGradientConfig):
     """reward minus its group's mean, over the standard deviation of the group, that of the batch, or none; minus the
     mean of the other completions (leave_one_out); minus the mean of the batch, over its standard deviation (whitened);
     or what raises pass@k, for rewards of 0 and 1 (pass_at_k)"""
-    pass_k: int = 4
-    """k of pass_at_k"""
+    pass_k: tuple[int, ...] = (4,)
+    """k of pass_at_k. Of several, every prompt of a step gets one, and the policy reads log2(k) as its condition: the
+    parallel-sample budget of arXiv:2603.09065"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations < 2 and self.advantage != "whitened":
             raise InvalidValue("num_generations", self.num_generations, ">= 2", "a group needs companions to compare")
-        if self.advantage == "pass_at_k" and not 1 <= self.pass_k <= self.num_generations:
-            raise InvalidValue("pass_k", self.pass_k, f"in [1, {self.num_generations}] (num_generations)")
+        if not self.pass_k or len(set(self.pass_k)) < len(self.pass_k):
+            raise InvalidValue("pass_k", list(self.pass_k), "different numbers, at least one")
+        if self.advantage == "pass_at_k" and not all(1 <= k < self.num_generations for k in self.pass_k):
+            allowed = f"in [1, {self.num_generations - 1}], below num_generations"
+            raise InvalidValue("pass_k", list(self.pass_k), allowed, "all of a group are one subset, as good as itself")
+        if self.advantage != "pass_at_k" and len(self.pass_k) > 1:
+            raise InvalidValue("advantage", self.advantage, "pass_at_k with several pass_k")
         if self.advantage == "group" and self.budget is not None:
             raise ConfigError(
                 "advantage group divides each group by its standard deviation, so that among equally good completions "
@@ -103,6 +110,21 @@ class Trainer(OnPolicyTrainer[GRPOConfig, Batch]):
 
     name = "GRPO"
 
+    def equip(self) -> None:
+        if len(self.config.pass_k) > 1 and "condition" not in self.policy.needs:
+            raise InvalidValue(
+                "pass_k", list(self.config.pass_k), "one number for a policy that reads no condition",
+                "it could not tell them apart; give it inputs [condition] and condition_size 1",
+            )  # fmt: skip
+
+    def conditions(self, count: int) -> Tensor | None:
+        """(count, 1) log2 of the parallel samples of each prompt, in equal shares and random order."""
+        budgets = self.config.pass_k
+        if len(budgets) == 1:
+            return None
+        order = np.random.default_rng([step_seed(self.config.seed, self.step), len(budgets)]).permutation(count)
+        return torch.tensor(budgets, dtype=torch.float32).log2()[torch.from_numpy(order) % len(budgets)].unsqueeze(-1)
+
     def prepare(self, trajectories: Trajectories, totals: Tensor) -> tuple[Batch, Tensor, dict[str, float]]:
         charged = totals - self.price.token * trajectories.lengths
         batch, signal = make_batch(trajectories, charged, self.reference, self.config)
@@ -122,6 +144,7 @@ def make_batch(
     places = _places(trajectories, config.num_generations)
     groups = rewards.new_full((int(places[-1]) // config.num_generations + 1, config.num_generations), torch.nan)
     groups.view(-1)[places] = rewards
+    budgets = parallel.gathered(_parallel_samples(trajectories, places, len(groups), config))
     first = parallel.before(groups.numel())
     groups = parallel.gathered(groups)
     if config.advantage == "whitened":  # batch-whitened advantages are those of a single group
@@ -130,7 +153,7 @@ def make_batch(
     if config.advantage == "leave_one_out":
         advantages = leave_one_out_advantages(groups)
     elif config.advantage == "pass_at_k":
-        advantages = pass_at_k_advantages(groups, config.pass_k)
+        advantages = pass_at_k_advantages(groups, budgets)
     elif config.advantage == "whitened":
         advantages = group_advantages(groups)
     else:
@@ -155,6 +178,15 @@ def _places(trajectories: Trajectories, size: int) -> Tensor:
         places.append(group * size + sample)
         before = (prompt.id, sample)
     return torch.tensor(places)
+
+
+def _parallel_samples(trajectories: Trajectories, places: Tensor, groups: int, config: GRPOConfig) -> Tensor:
+    """(groups,) int64 k of pass@k: what the policy was told, or the only one there is."""
+    budgets = torch.full((groups,), config.pass_k[0])
+    told = trajectories.observations.condition
+    if len(config.pass_k) > 1 and told is not None:
+        budgets[places // config.num_generations] = told[:, 0].exp2().round().long().cpu()
+    return budgets
 
 
 def minibatch_loss(

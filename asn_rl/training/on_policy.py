@@ -57,6 +57,7 @@ class Sampler(Protocol):
         num_generations: int,
         seed: int,
         capture: Collection[str],
+        conditions: Tensor | None,
     ) -> tuple[Trajectories, dict[str, float]]:
         """Up to `num_generations` completions of each prompt under the policy, those of a prompt adjacent and ordered
         by sample, and metrics of the sampling: counts (int), and means over tokens (float). Each process asks for its
@@ -64,6 +65,7 @@ class Sampler(Protocol):
 
         Args:
             capture: optional observation entries to record beside those the policy needs.
+            conditions: (len(prompts), n) what the policy is conditioned on; None: nothing.
         """
         ...
 
@@ -122,6 +124,10 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
     def equip(self) -> None:
         """What a trainer has beside these, made before the optimiser."""
 
+    def conditions(self, count: int) -> Tensor | None:
+        """(count, n) what the policy is conditioned on, for each prompt of this step, those of all processes."""
+        return None
+
     @abstractmethod
     def prepare(self, trajectories: Trajectories, totals: Tensor) -> tuple[B, Tensor, dict[str, float]]:
         """A batch from completions of this process and their (B,) rewards, NaN where masked; (...) bool, True where
@@ -168,13 +174,16 @@ class OnPolicyTrainer(ABC, Generic[C, B]):
         """One step; written to the run folder where `log` is given."""
         begin = time.perf_counter()
         seed = step_seed(self.config.seed, self.step)
+        prompts = self.sampler.draw(self.step)
+        conditions = self.conditions(len(prompts))
         with parallel.together():
             trajectories, sampled = self.sample(
                 self.policy,
-                parallel.shard(self.sampler.draw(self.step)),
+                parallel.shard(prompts),
                 num_generations=self.config.num_generations,
                 seed=seed,
                 capture=self.capture,
+                conditions=None if conditions is None else parallel.shard(conditions),
             )
         rolled = time.perf_counter()
         result = scored(self.rewards, trajectories)

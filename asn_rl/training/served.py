@@ -114,6 +114,7 @@ class ServedSampler:
         num_generations: int,
         seed: int,
         capture: Collection[str] = (),
+        conditions: None = None,
     ) -> tuple[Trajectories, dict[str, float]]:
         """Completions that the servers finished, and metrics named `served/...`.
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from asn_rl.errors import RewardError
+from asn_rl.rewards.contract import Estimate
 
 calls = 0
 
@@ -137,3 +138,15 @@ def greedy_for_inputs(completions: Any, **columns: Any) -> list[float]:
     scores = [1.0 for _ in completions]
     completions.clear()
     return scores
+
+
+def guessed(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
+    """Characters, give or take two."""
+    return [Estimate(len(text), 2.0) for text in completions]
+
+
+def hang_on_prompt(prompts: list[str], completions: list[str], *, prompt: str, **columns: Any) -> list[float | None]:
+    """1 for everything, unless one prompt is among them: then it does not return."""
+    while prompt in prompts:
+        time.sleep(60)
+    return [1.0] * len(completions)

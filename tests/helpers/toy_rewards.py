@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from asn_rl.backends.toy import ToyBackend
-from asn_rl.rewards.contract import Estimate
 
 TOY = ToyBackend.random(vocab=32, seed=0)
 
@@ -49,18 +47,6 @@ def crash_on(prompts: list[str], completions: list[str], *, prompt: str, **colum
     """1 for everything, unless one prompt is among them: then it raises."""
     if prompt in prompts:
         raise ZeroDivisionError(prompt)
-    return [1.0] * len(completions)
-
-
-def guessed(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
-    """Characters, give or take two."""
-    return [Estimate(len(text), 2.0) for text in completions]
-
-
-def hang_on(prompts: list[str], completions: list[str], *, prompt: str, **columns: Any) -> list[float | None]:
-    """1 for everything, unless one prompt is among them: then it does not return."""
-    while prompt in prompts:
-        time.sleep(60)
     return [1.0] * len(completions)
 
 

@@ -300,25 +300,24 @@ def interrupted(
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command, signal_number: int) -> None:
-    steps = "grpo.steps=30"
+def test_an_interrupted_run_resumes_to_the_same_policy(folder: Path, asn_rl: Command) -> None:
+    steps, weights = "grpo.steps=30", "policy/model.safetensors"
     assert asn_rl(*job("reinforce", "whole", steps)).status == 0
-    checkpoints = folder / "broken" / "checkpoints"
-    status, stderr = interrupted(
-        job("reinforce", "broken", steps), folder, signal_number, lambda: any(checkpoints.glob("step-*"))
-    )
-    if signal_number == signal.SIGINT:
-        assert status == 130
-        assert "the same command continues" in stderr
-    assert not (folder / "broken" / "policy").exists(), "it was over before the signal"
-    assert asn_rl(*job("reinforce", "broken", steps)).status == 0
-    weights = "policy/model.safetensors"
-    assert (folder / "whole" / weights).read_bytes() == (folder / "broken" / weights).read_bytes()
+    for number in (signal.SIGINT, signal.SIGKILL):
+        run = folder / number.name
+        status, stderr = interrupted(
+            job("reinforce", run.name, steps), folder, number, lambda run=run: any(run.glob("checkpoints/step-*"))
+        )
+        if number == signal.SIGINT:
+            assert status == 130
+            assert "the same command continues" in stderr
+        assert not (run / "policy").exists(), "it was over before the signal"
+        assert asn_rl(*job("reinforce", run.name, steps)).status == 0
+        assert (folder / "whole" / weights).read_bytes() == (run / weights).read_bytes()
 
 
 def test_a_reward_that_hangs_is_stopped_by_the_user_and_put_into_a_process(folder: Path, asn_rl: Command) -> None:
-    reward = {"function": "toy_rewards:hang_on", "arguments": {"prompt": "w3"}}
+    reward = {"function": "slow_rewards:hang_on_prompt", "arguments": {"prompt": "w3"}}
     (folder / "job.yaml").write_text(yaml.safe_dump(JOB | {"rewards": [reward]}))
     labels = folder / "run" / "labels"
     status, stderr = interrupted(job("label"), folder, signal.SIGINT, lambda: any(labels.rglob("*.jsonl")))

@@ -33,7 +33,7 @@ from asn_rl.types import Candidate
 
 SMALL = [
     "backend.dtype=float32",
-    "data.limit=12",
+    "data.limit=8",
     "rollout.max_new_tokens=10",
     "rollout.max_batch=16",
     "heuristics=[{name: greedy, processors: [{name: greedy}]}, {name: T=1}]",

@@ -24,7 +24,7 @@ from asn_rl.types import Observation, Prompt, Trajectories
 
 ROLLOUT = RolloutConfig(max_new_tokens=8, head=32, tail=1)
 PROMPTS = [Prompt(f"p{i}", f"w{i}") for i in range(1, 21)]
-FAST = DistillConfig(epochs=100, minibatch_tokens=128, learning_rate=1e-2)
+FAST = DistillConfig(epochs=60, minibatch_tokens=128, learning_rate=1e-2)
 
 
 def rule(name: str, **params: float) -> Pipeline:

@@ -166,7 +166,7 @@ class TestRefusals:
             ({"epsilon": 1.0}, "epsilon"),
             ({"beta": -0.1}, "beta"),
             ({"kl_target": 0.1, "beta": 0.0}, "kl_target"),
-            ({"advantage": "pass_at_k", "pass_k": 5}, "pass_k"),
+            ({"advantage": "pass_at_k", "pass_k": (5,)}, "pass_k"),
             ({"surrogate": "reinforce"}, "num_iterations must be 1 with surrogate reinforce"),
         ],
     )
@@ -293,7 +293,7 @@ def test_pass_at_k_favours_the_rare_success() -> None:
     _, reference, batch = _batch()
     totals = torch.zeros(4, 4, dtype=torch.float64)
     totals[1, 0], totals[2, :3] = 1.0, 1.0
-    config = replace(CONFIG, advantage="pass_at_k", pass_k=2)
+    config = replace(CONFIG, advantage="pass_at_k", pass_k=(2,))
     batch, signal = make_batch(batch.trajectories, totals.flatten(), reference, config)
     of_completion = [float(batch.advantages[batch.rows == i][0]) for i in range(16)]
     assert signal.tolist() == [False, True, True, False]

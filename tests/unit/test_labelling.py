@@ -393,7 +393,7 @@ def test_a_label_of_a_text_that_was_replaced_is_made_again(whole: CandidateStore
 
 def test_a_labeller_that_hangs_on_one_prompt_masks_that_one_only(whole: CandidateStore, tmp_path: Path) -> None:
     arguments = {"prompt": PROMPTS[1].content}
-    config = RewardConfig("toy_rewards:hang_on", arguments=arguments, time_limit=1.0, isolation="process")
+    config = RewardConfig("slow_rewards:hang_on_prompt", arguments=arguments, time_limit=1.0, isolation="process")
     with pytest.warns(RuntimeWarning, match="timeout"):
         counts = label([config], whole, BY_ID, tmp_path)[config.function]
     scores = read_labels(tmp_path / folder_name(config.function), config.function, whole).scores
@@ -404,10 +404,10 @@ def test_a_labeller_that_hangs_on_one_prompt_masks_that_one_only(whole: Candidat
 
 @pytest.mark.parametrize("isolation", ["inline", "process"])
 def test_a_score_may_know_its_uncertainty(whole: CandidateStore, tmp_path: Path, isolation: Any) -> None:
-    label([RewardConfig("toy_rewards:guessed", isolation=isolation)], whole, BY_ID, tmp_path)
-    place = tmp_path / folder_name("toy_rewards:guessed")
+    label([RewardConfig("slow_rewards:guessed", isolation=isolation)], whole, BY_ID, tmp_path)
+    place = tmp_path / folder_name("slow_rewards:guessed")
     assert {record["stderr"] for _, record in read_records(place, LABEL)} == {2.0}
-    assert read_labels(place, "toy_rewards:guessed", whole).stderr == 2.0
+    assert read_labels(place, "slow_rewards:guessed", whole).stderr == 2.0
 
 
 def test_halves_of_the_seeds_are_compared_by_themselves(whole: CandidateStore, tmp_path: Path) -> None:

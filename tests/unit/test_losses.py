@@ -259,6 +259,12 @@ class TestPassAtK:
         assert found[0, 2] == 0
         torch.testing.assert_close(found[0, [0, 1, 3]], pass_at_k_advantages(torch.tensor([[1.0, 0.0, 0.0]]), 2)[0])
 
+    def test_each_group_may_have_its_own_k(self) -> None:
+        rewards = torch.tensor([[1.0, 0.0, math.nan, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+        found = pass_at_k_advantages(rewards, torch.tensor([1, 3, 2]))
+        expected = [pass_at_k_advantages(row[None], k)[0] for row, k in zip(rewards, (1, 3, 2), strict=True)]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0)
+
     def test_other_rewards_are_refused(self) -> None:
         with pytest.raises(InvalidValue, match=r"reward must be 0 or 1, got 0\.5"):
             pass_at_k_advantages(torch.tensor([[1.0, 0.5]]), 1)
