@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from asn_rl.backends.servers import ServersConfig
 from asn_rl.checkpoint import save_policy
@@ -114,9 +115,12 @@ class ServedSampler:
         num_generations: int,
         seed: int,
         capture: Collection[str] = (),
-        conditions: None = None,
+        conditions: Tensor | None = None,
     ) -> tuple[Trajectories, dict[str, float]]:
         """Completions that the servers finished, and metrics named `served/...`.
+
+        Args:
+            conditions: only for policies that read a condition, which no engine hands over: such a policy is refused.
 
         Raises:
             InvalidValue: the policy reads what no engine hands over.
