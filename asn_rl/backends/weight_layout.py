@@ -51,14 +51,23 @@ def pack_weights(model: nn.Module) -> None:
     An output embedding that was tied to the input embedding gets a copy of its own. What is packed already is left
     alone.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+    if not _can_pack():
         return
-    packed: dict[nn.Module, PackedLinear] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
-                packed[child] = packed.get(child) or PackedLinear(child)
-                setattr(parent, name, packed[child])
+                places.setdefault(id(child), []).append((parent, name))
+    for shared in places.values():  # one at a time: its plain weight is freed before the next is packed
+        packed = PackedLinear(shared[0][0].get_submodule(shared[0][1]))  # type: ignore[arg-type]
+        for parent, name in shared:
+            setattr(parent, name, packed)
+
+
+def _can_pack() -> bool:
+    """x86, where it was measured, and a torch that has the operators; they are private."""
+    operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and operators
 
 
 def _in_blocks(weight: Tensor) -> Tensor:
