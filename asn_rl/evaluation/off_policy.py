@@ -126,8 +126,8 @@ def doubly_robust(log: RewardLog, target: np.ndarray, model: np.ndarray, how: Re
     """Mean of sum_a pi(a) q(a) + w (r - q(drawn action)): unbiased for any q, and exact where q is. See `ips`.
 
     Args:
-        model: (P, A) predicted rewards q. They must not have seen the log's own rewards of the same prompt: predict by
-            a model that was fitted on other prompts or other samples.
+        model: (P, A) predicted rewards q, from a model that has not seen the log's own rewards of the same prompt, as
+            `reward_prediction.cross_fitted_rewards` makes them.
     """
     if model.shape != log.means.shape or not np.isfinite(model).all():
         raise InvalidValue("model", f"shape {model.shape}", f"finite predictions {log.means.shape}")
