@@ -74,15 +74,19 @@ def client(running: Running) -> Iterator[SGLangClient]:
 
 
 def send(client: SGLangClient, bodies: Sequence[dict[str, Any]]) -> list[Any]:
-    """Answers to requests that are under way at the same time."""
-    answers = dict(client.pool.post(client.path, bodies, client._read))
+    """Answers, or failures, to requests that are under way at the same time."""
+    answers = dict(client.pool.post(client.path, bodies, dict))
     return [answers[i] for i in range(len(bodies))]
+
+
+def as_served(client: SGLangClient, answer: Any) -> Served:
+    return client._served(client._read(answer) if isinstance(answer, dict) else answer)
 
 
 def served(client: SGLangClient, asked: Sequence[tuple[list[int], str | None]], tokens: int = TOKENS) -> list[Served]:
     """One completion of each (prompt, policy), all in one batch."""
     answers = send(client, [client.payload(ids, policy, tokens, None, []) for ids, policy in asked])
-    return [client._served(answer) for answer in answers]
+    return [as_served(client, answer) for answer in answers]
 
 
 def gap(backend: HFBackend, name: str, text: str, answers: Sequence[Served], tokens: int = TOKENS) -> float:
@@ -102,7 +106,7 @@ def test_policies_side_by_side_give_the_log_probs_of_a_replay(client: SGLangClie
     asked = [(smollm.encode(text), name) for text in PROMPTS for name in names]
     answers = send(client, [client.payload(ids, name, TOKENS, 0, []) for ids, name in asked])
     assert max(answer["meta_info"]["num_retractions"] for answer in answers) > 0
-    completions = [client._served(answer) for answer in answers]
+    completions = [as_served(client, answer) for answer in answers]
     gaps = {
         (text, name): gap(smollm, str(name), text, [completions[i * len(names) + j]])
         for i, text in enumerate(PROMPTS)
@@ -126,7 +130,7 @@ def test_completions_of_one_prompt(client: SGLangClient, smollm: HFBackend, runn
     body = client.payload(ids, "learned", TOKENS, None, [])
     body["sampling_params"]["n"] = 3
     theirs = httpx.post(running.url + "/generate", json=body, timeout=60).json()
-    answers = ours + [client._served(client._read(answer)) for answer in theirs]
+    answers = ours + [as_served(client, answer) for answer in theirs]
     assert len(answers) == 6
     assert gap(smollm, "learned", PROMPTS[1], answers) < BOUND
 
@@ -207,7 +211,7 @@ def test_arguments_survive_a_router_and_the_policy_sees_its_budget(client: SGLan
     assert "custom_params" not in body["sampling_params"]
     short = client.payload(ids, "learned", 40, None, [])
     short["sampling_params"]["max_new_tokens"] = TOKENS
-    first, second = (client._served(answer) for answer in send(client, [body, short]))
+    first, second = (as_served(client, answer) for answer in send(client, [body, short]))
     assert gap(smollm, "learned", PROMPTS[1], [first]) < BOUND
     assert gap(smollm, "learned", PROMPTS[1], [second], tokens=40) < BOUND
     assert gap(smollm, "learned", PROMPTS[1], [second]) > BOUND
@@ -233,7 +237,7 @@ def test_a_new_version_is_served_while_old_requests_finish_on_theirs(
         assert not old.done()
         (folder / "model.safetensors").write_bytes(b"half")  # a damaged third version: the second stays
         (third,) = client.complete([ids], policy="changing", max_new_tokens=TOKENS)
-    finished = client._served(old.result()[0])
+    finished = as_served(client, old.result()[0])
     assert finished.logprobs == [0.0] * 64
     assert gap(smollm, "learned", PROMPTS[1], [new, third]) < BOUND
     counts = client.health()[running.url]["policies"]["changing"]
