@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     config = grpo.GRPOConfig(
         steps=options.steps, prompts_per_step=24, num_generations=options.samples, advantage="pass_at_k",
-        pass_k=tuple(budgets), learning_rate=5e-3, beta=0.005, minibatch_tokens=2048, save_every=5, seed=options.seed,
+        pass_k=tuple(budgets), learning_rate=2e-3, beta=0.05, minibatch_tokens=2048, save_every=5, seed=options.seed,
     )  # fmt: skip
     console.print(f"\nGRPO for pass@B, B in {budgets}, beginning at {overall}", highlight=False)
     grpo.train(policy, policy, backend, load_prompts(data, "train"), rewards, LIMITS, config, options.run)
@@ -147,7 +147,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8], help="parallel samples B, at least two")
     parser.add_argument("--samples", type=int, default=16, help="completions of a prompt in training and evaluation")
-    parser.add_argument("--steps", type=int, default=30, help="GRPO steps of 24 prompts")
+    parser.add_argument("--steps", type=int, default=40, help="GRPO steps of 24 prompts")
     parser.add_argument("--prompts", type=int, help="prompts of a split at most; default: all")
     parser.add_argument("--run", type=Path, default=Path("runs/parallel-samples"), help="folder of the training")
     parser.add_argument("--seed", type=int, default=0, help="keys every draw")
