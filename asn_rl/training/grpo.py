@@ -158,7 +158,9 @@ def make_batch(
         advantages = group_advantages(groups)
     else:
         advantages = group_advantages(groups, scale=config.advantage)
-    advantages = torch.where(signal.unsqueeze(-1), advantages, 0.0).flatten()[first + places].float()
+    advantages = torch.where(signal.unsqueeze(-1), advantages, 0.0)
+    signal = (advantages != 0).any(-1)  # any k of a group that has fewer than k wrong ones hold a right one
+    advantages = advantages.flatten()[first + places].float()
     # Completions without advantage count only where a penalty or bonus gives them a gradient.
     used = torch.ones_like(advantages, dtype=torch.bool) if config.anchored else advantages != 0
     device, rows = device_of(reference), trajectories.rows

@@ -296,9 +296,9 @@ def test_pass_at_k_favours_the_rare_success() -> None:
     config = replace(CONFIG, advantage="pass_at_k", pass_k=(2,))
     batch, signal = make_batch(batch.trajectories, totals.flatten(), reference, config)
     of_completion = [float(batch.advantages[batch.rows == i][0]) for i in range(16)]
-    assert signal.tolist() == [False, True, True, False]
+    assert signal.tolist() == [False, True, False, False]  # any two of the third's four hold a success
     assert of_completion[4] == pytest.approx(1.0)  # rho = 1/2: (1 - 1/2) / (1/2)
-    assert of_completion[8:12] == [0.0] * 4  # any two of these four hold a success
+    assert of_completion[8:12] == [0.0] * 4
 
 
 class TestEstimators:
