@@ -108,7 +108,7 @@ def test_v1_rows_follow_their_requests(table: Tensor, asynchronous: bool) -> Non
     preempted: list[str] = []
     comebacks = 0
     for step in range(80):
-        for key in [key for key, (_, state) in live.items() if state.output_token_ids and _is_over(state.output_token_ids)]:
+        for key in [key for key, (_, state) in live.items() if _is_over(state.output_token_ids)]:
             batch.remove_request(key)
             del live[key]
         if step % 7 == 3 and len(batch.req_id_to_index) > 1:
@@ -149,7 +149,7 @@ def _batch(rows: int, *processors: PolicyLogitsProcessor) -> InputBatch:
 
 
 def _is_over(tokens: list[int]) -> bool:
-    return tokens[-1] == EOS or len(tokens) == BUDGET
+    return tokens[-1:] == [EOS] or len(tokens) == BUDGET
 
 
 def test_v2_rows_follow_their_slots(table: Tensor) -> None:
@@ -160,7 +160,7 @@ def test_v2_rows_follow_their_slots(table: Tensor) -> None:
     oracle, draw = Oracle(), random.Random(0)
     live: dict[int, tuple[str, str | None, list[int], SamplingParams]] = {}
     for step in range(60):
-        for slot in [slot for slot, (_, _, tokens, _) in live.items() if tokens and _is_over(tokens)]:
+        for slot in [slot for slot, (_, _, tokens, _) in live.items() if _is_over(tokens)]:
             del live[slot]
         if step == 20:  # preempted: it joins again, in another slot where one is free, as a new request with tokens
             key, policy, tokens, given = live.pop(sorted(live)[0])
