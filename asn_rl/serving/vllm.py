@@ -167,19 +167,32 @@ class _SlotRows:
             return logits
         fed: list[int] = context.input_ids.tolist()
         for i in index:
-            self._feed(slots[i], fed[i], int(lengths[i] - prompts[slots[i]]))
+            self._feed(slots[i], fed[i], int(lengths[i] - prompts[slots[i]]), slots)
         return self.requests.apply(logits, index, [self.slots[slots[i]] for i in index])
 
-    def _feed(self, slot: int, token: int, count: int) -> None:
+    def _feed(self, slot: int, token: int, count: int, scheduled: Collection[int]) -> None:
         """Add the token that was drawn last, of `count` generated ones."""
         request = self.slots[slot]
         if count - len(request.tokens) > 1:  # back after a preemption
             start = int(self._states.prompt_len.np[slot])
             tokens = self._states.all_token_ids.gpu[slot, start : start + count - 1].tolist()
+            self._vacate(request, tokens, scheduled)
             request = self.requests.back(request, lambda old: old.tokens == tokens)
             self.slots[slot] = request = replace(request, tokens=tokens)
         if count:
             request.tokens.append(token)
+
+    def _vacate(self, request: _Followed, tokens: list[int], scheduled: Collection[int]) -> None:
+        """Free the slot that a preempted request had before: vLLM says nothing until somebody else gets it. Two that
+        could be it (completions of one request may agree so far) are left alone."""
+        label = request.arguments.label
+        found = [
+            slot
+            for slot, old in self.slots.items()
+            if slot not in scheduled and old.arguments.label == label and old.tokens == tokens
+        ]
+        if len(found) == 1:
+            self.requests.left(self.slots.pop(found[0]))
 
 
 class PolicyLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):

@@ -101,6 +101,7 @@ class Oracle:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_v1_rows_follow_their_requests(table: Tensor, asynchronous: bool) -> None:
     """Requests join, end, are preempted and come back while vLLM's batch moves their rows about."""
+    torch.manual_seed(0)
     processor = PolicyLogitsProcessor(VllmConfig(), torch.device("cpu"), False)
     batch = _batch(6, processor)
     draw, oracle = random.Random(int(asynchronous)), Oracle()
@@ -152,12 +153,14 @@ def _is_over(tokens: list[int]) -> bool:
     return tokens[-1:] == [EOS] or len(tokens) == BUDGET
 
 
-def test_v2_rows_follow_their_slots(table: Tensor) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_v2_rows_follow_their_slots(table: Tensor, seed: int) -> None:
     """Slots are reused, rows change places, long prompts get rows before they are read, and one is preempted."""
     slots = 4
     states = _states(slots)
     processor = PolicyLogitsProcessor(VllmConfig(), states)
-    oracle, draw = Oracle(), random.Random(0)
+    oracle, draw = Oracle(), random.Random(seed)
+    torch.manual_seed(seed)
     live: dict[int, tuple[str, str | None, list[int], SamplingParams]] = {}
     for step in range(60):
         for slot in [slot for slot, (_, _, tokens, _) in live.items() if _is_over(tokens)]:
@@ -191,6 +194,45 @@ def test_v2_rows_follow_their_slots(table: Tensor) -> None:
             states.all_token_ids.gpu[slot, len(PROMPT) + len(tokens) - 1] = tokens[-1]
     assert not process_host().status.failures
     assert len(oracle.decoders) > 8
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+def test_v2_a_preempted_request_comes_back_in_any_slot(table: Tensor, slot: int) -> None:
+    """Nobody takes its former slot meanwhile, and a completion of the same request, further on, keeps its own."""
+    states = _states(4)
+    processor, oracle, given = PolicyLogitsProcessor(VllmConfig(), states), Oracle(), params("recurrent")
+    texts: dict[str, list[int]] = {"preempted": [], "sibling": [8]}
+    where = {"preempted": 0, "sibling": 1}
+    for key, tokens in texts.items():
+        _join(states, where[key], [])
+        assert processor.add_request(where[key], given)
+        if tokens:  # one step ahead
+            _step(processor, oracle, table, {key: where[key]}, {key: []})
+    for step in range(5):
+        if step == 3:
+            where["preempted"] = slot
+            _join(states, slot, texts["preempted"])
+            assert processor.add_request(slot, given)
+        _step(processor, oracle, table, where, texts)
+        for key, tokens in texts.items():
+            tokens.append(7 + step)
+            states.all_token_ids.gpu[where[key], len(PROMPT) + len(tokens) - 1] = tokens[-1]
+    assert not process_host().status.failures
+
+
+def _step(
+    processor: PolicyLogitsProcessor,
+    oracle: Oracle,
+    table: Tensor,
+    where: dict[str, int],
+    texts: dict[str, list[int]],
+) -> None:
+    """One batch of requests with the recurrent policy, each compared with itself alone."""
+    context = _context({where[key]: texts[key] for key in where}, list(where.values()))
+    logits = table[context.input_ids]
+    got = processor.apply(logits.clone(), context)
+    for i, key in enumerate(where):
+        oracle.check(key, "recurrent", logits[i], texts[key], got[i])
 
 
 def _states(slots: int) -> Any:
