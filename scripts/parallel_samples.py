@@ -7,7 +7,7 @@ With one sample the surest answer pays; with eight, eight different ones do. `as
 prompt and log2(B), and is trained by GRPO for pass@B, every prompt of a step with a B of its own (the contextual bandit
 of arXiv:2603.09065). Prints pass@B on held-out prompts: of every temperature, of the policy, and of the policy told
 another B; and paired differences to the temperature that is best on other prompts, one for all B and one for each B.
-Interrupted, the training continues. About ten minutes at the defaults on two cores.
+Interrupted, the training continues. About fifteen minutes at the defaults on two cores.
 """
 
 from __future__ import annotations
