@@ -10,10 +10,10 @@ demo: $(VENV)/.base  ## distil, GRPO and an honest comparison on the embedded mo
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.dev  ## the test suite, and which lines it reaches; slower
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.dev  ## style, types and the arrows between packages
 	$(BIN)/ruff check .
