@@ -47,7 +47,7 @@ def main() -> int:
         __doc__ or "", "python scripts/benchmark_rollout.py --prompts 64 --tokens 256", prompts=64, tokens=256
     )
     set_threads(arguments.threads)
-    tokens = min(arguments.tokens, 96) if arguments.quick else arguments.tokens
+    tokens = min(arguments.tokens, 72) if arguments.quick else arguments.tokens
     count = min(arguments.prompts, 16) if arguments.quick else arguments.prompts
     backend = load_backend(BackendConfig())
     assert isinstance(backend, HFBackend)
