@@ -6,15 +6,17 @@
 With one sample the surest answer pays; with eight, eight different ones do. `asn_policies:SequenceStrategy` reads the
 prompt and log2(B), and is trained by GRPO for pass@B, every prompt of a step with a B of its own (the contextual bandit
 of arXiv:2603.09065). Prints pass@B on held-out prompts: of every temperature, of the policy, and of the policy told
-another B; and paired differences to the temperature that is best on other prompts, one for all B and one for each B.
-Interrupted, the training continues. About fifteen minutes at the defaults on two cores.
+another B (the list in reverse); and paired differences to the temperature that is best on other prompts, one for all B
+and one for each B. Interrupted, the training continues. About fifteen minutes at the defaults on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,25 @@ TEMPERATURES = (0.0, 0.3, 0.6, 1.0, 1.5)
 LIMITS = RolloutConfig(max_new_tokens=24)
 
 
+@dataclass(frozen=True)
+class Exam:
+    """How pass@B is measured."""
+
+    backend: LogitsBackend
+    rewards: RewardSuite
+    budgets: Sequence[int]
+    samples: int
+
+    def passes(self, arm: Policy, prompts: Sequence[Prompt], seed: int, told: int | None = None) -> np.ndarray:
+        """(P, len(budgets)) unbiased pass@B of every prompt; `told` is the B that the policy reads."""
+        conditions = None if told is None else torch.full((len(prompts), 1), math.log2(told))
+        drawn = rollout(
+            arm, self.backend, prompts, LIMITS, num_generations=self.samples, seed=seed, conditions=conditions
+        )
+        correct = score(self.rewards, drawn).total.reshape(len(prompts), self.samples).sum(1).long().tolist()
+        return np.array([[pass_at_k(self.samples, right, b) for b in self.budgets] for right in correct])
+
+
 def main() -> int:
     options = _options()
     return _recipe.exit_status(lambda: run(options))
@@ -64,11 +85,8 @@ def run(options: argparse.Namespace) -> None:
 
     chosen = load_prompts(data, "selection")
     console.print(f"{len(arms)} temperatures on {len(chosen)} prompts of the selection split", highlight=False)
-    known = {
-        name: passes(arm, backend, chosen, rewards, budgets, options.samples, options.seed)
-        for name, arm in arms.items()
-    }
-    means = {name: values.mean(0) for name, values in known.items()}
+    exam = Exam(backend, rewards, budgets, options.samples)
+    means = {name: exam.passes(arm, chosen, options.seed).mean(0) for name, arm in arms.items()}
     _print_table(budgets, means)
     overall = max(means, key=lambda name: means[name].mean())
     by_budget = [max(means, key=lambda name, i=i: means[name][i]) for i in range(len(budgets))]
@@ -88,10 +106,8 @@ def run(options: argparse.Namespace) -> None:
     held_out = load_prompts(data, "test")
     console.print(f"\npass@B on {len(held_out)} held-out prompts, {options.samples} samples each", highlight=False)
     seed = options.seed + 1
-    found = {
-        name: passes(arm, backend, held_out, rewards, budgets, options.samples, seed) for name, arm in arms.items()
-    }
-    told = {b: _told(policy, b, backend, held_out, rewards, budgets, options.samples, seed) for b in budgets}
+    found = {name: exam.passes(arm, held_out, seed) for name, arm in arms.items()}
+    told = {b: exam.passes(policy, held_out, seed, told=b) for b in budgets}
     found["policy"] = np.stack([told[b][:, i] for i, b in enumerate(budgets)], 1)
     found["told another B"] = np.stack([told[b][:, i] for i, b in enumerate(reversed(budgets))], 1)
     _print_table(budgets, {name: values.mean(0) for name, values in found.items()})
@@ -105,28 +121,6 @@ def run(options: argparse.Namespace) -> None:
         console.print(
             f"policy minus {name}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], mean over B", highlight=False
         )
-
-
-def passes(
-    arm: Policy,
-    backend: LogitsBackend,
-    prompts: Sequence[Prompt],
-    rewards: RewardSuite,
-    budgets: Sequence[int],
-    samples: int,
-    seed: int,
-    conditions: torch.Tensor | None = None,
-) -> np.ndarray:
-    """(P, len(budgets)) unbiased pass@B of every prompt from `samples` completions."""
-    drawn = rollout(arm, backend, prompts, LIMITS, num_generations=samples, seed=seed, conditions=conditions)
-    correct = score(rewards, drawn).total.reshape(len(prompts), samples).sum(1).long().tolist()
-    return np.array([[pass_at_k(samples, right, b) for b in budgets] for right in correct])
-
-
-def _told(policy: Policy, budget: int, backend: LogitsBackend, prompts: Sequence[Prompt], *rest: object) -> np.ndarray:
-    """`passes` of the policy when it is told a budget."""
-    conditions = torch.full((len(prompts), 1), float(np.log2(budget)))
-    return passes(policy, backend, prompts, *rest, conditions=conditions)  # type: ignore[arg-type]
 
 
 def _rule(temperature: float) -> dict[str, Any]:

@@ -140,8 +140,8 @@ def drop_rows(cache: DynamicCache, finished: Tensor) -> Tensor:
     movers = (~finished[remaining:]).nonzero().squeeze(-1) + remaining
     order[holes] = movers
     order = order[:remaining]
-    if is_row_cache(cache):
-        for layer in row_layers(cache):
+    if layers := row_layers(cache):
+        for layer in layers:
             layer.move_rows(movers, holes, remaining, remaining)
     else:
         reorder(cache, order)
@@ -153,8 +153,8 @@ def copy_rows(cache: DynamicCache, source: Tensor, rows: int, most: int) -> None
     if not len(source):
         return
     new = torch.arange(rows, rows + len(source), device=source.device)
-    if is_row_cache(cache):
-        for layer in row_layers(cache):
+    if layers := row_layers(cache):
+        for layer in layers:
             layer.move_rows(source, new, rows + len(source), most)
     else:
         everyone = torch.arange(rows, device=source.device)

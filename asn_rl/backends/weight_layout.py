@@ -59,7 +59,7 @@ def pack_weights(model: nn.Module) -> None:
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
                 places.setdefault(id(child), []).append((parent, name))
     for shared in places.values():  # one at a time: its plain weight is freed before the next is packed
-        packed = PackedLinear(shared[0][0].get_submodule(shared[0][1]))  # type: ignore[arg-type]
+        packed = PackedLinear(getattr(*shared[0]))
         for parent, name in shared:
             setattr(parent, name, packed)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from asn_rl.errors import InvalidValue
 from asn_rl.evaluation.reward_log import RewardLog
+from asn_rl.training.bandit import stratified_folds
 
 
 def cross_fitted_rewards(log: RewardLog, *, folds: int = 5, ridge: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -32,7 +33,7 @@ def cross_fitted_rewards(log: RewardLog, *, folds: int = 5, ridge: float = 1.0, 
     inputs = _inputs(log)
     known = ~np.isnan(log.rewards)
     sums, counts = np.where(known, log.rewards, 0.0).sum(2), known.sum(2)
-    fold = np.random.default_rng(seed).permutation(count) % folds
+    fold = stratified_folds(log.strata, folds, seed)
     predicted = np.empty(sums.shape)
     for held in range(folds):
         out = fold == held

@@ -180,13 +180,19 @@ def cross_fit(features: np.ndarray, rewards: np.ndarray, strata: Sequence[str], 
         raise InvalidValue(
             "prompts", len(features), f">= {2 * config.folds} for {config.folds} folds", "lower folds, or log more"
         )
-    labels, fold = np.asarray(strata), np.empty(len(features), dtype=np.int64)
-    order = np.random.default_rng(config.seed).permutation(len(features))
-    order = order[np.argsort(labels[order], kind="stable")]  # strata one after the other, shuffled within
-    fold[order] = np.arange(len(order)) % config.folds
+    labels, fold = np.asarray(strata), stratified_folds(strata, config.folds, config.seed)
     probs = np.empty(rewards.shape)
     for held in range(config.folds):
         out = fold == held
         gate = train_bandit(features[~out], rewards[~out], labels[~out].tolist(), config)
         probs[out] = gate_probs(gate, features[out])
     return CrossFit(probs, fold)
+
+
+def stratified_folds(strata: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """(P,) int64 fold of each prompt, drawn at random; each fold has its share of every stratum."""
+    labels, fold = np.asarray(strata), np.empty(len(strata), dtype=np.int64)
+    order = np.random.default_rng(seed).permutation(len(strata))
+    order = order[np.argsort(labels[order], kind="stable")]  # strata one after the other, shuffled within
+    fold[order] = np.arange(len(order)) % folds
+    return fold

@@ -12,6 +12,7 @@ from asn_rl.evaluation.off_policy import doubly_robust, ips
 from asn_rl.evaluation.reward_log import RewardLog
 from asn_rl.evaluation.reward_prediction import cross_fitted_rewards
 from asn_rl.evaluation.statistics import Resampling
+from asn_rl.training.bandit import stratified_folds
 
 
 def logged(seed: int = 0, prompts: int = 60, features: int = 3, samples: int = 4, noise: float = 0.1) -> RewardLog:
@@ -42,7 +43,7 @@ def test_it_is_weighted_ridge_regression_on_the_other_folds(features: int) -> No
     """Against normal equations over single samples, intercept unpenalised, for few features and for many."""
     log = logged(features=features, prompts=20)
     found = cross_fitted_rewards(log, folds=4, ridge=2.0, seed=1)
-    fold = np.random.default_rng(1).permutation(20) % 4
+    fold = stratified_folds(log.strata, 4, 1)
     z = (log.features - log.features.mean(0)) / log.features.std(0)
     z = np.concatenate([z, [[label == "x", label == "y"] for label in log.strata]], 1)
     for held in range(4):

@@ -86,7 +86,7 @@ def weights(policy: nn.Module) -> Tensor:
 def assert_close_policies(one: Any, other: Any, seen: Trajectories) -> None:
     """In what they say, not in their weights: one of these has no gradient but rounding, which Adam makes a step of."""
     found, expected, start = (all_logprobs(policy, seen).exp() for policy in (one, other, small()))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)
     assert (found - start).abs().max() > 1e-3
 
 
