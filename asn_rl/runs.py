@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asn_rl.config import changes, save_config, to_dict
 from asn_rl.errors import ConfigError, DataError
-from asn_rl.files import write_whole
+from asn_rl.files import check_unicode, write_whole
 
 console = Console(soft_wrap=True)
 
@@ -123,6 +123,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(f"{path}, line {number} is not JSON: {error}. Mend or remove that line") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number} must be a JSON object, got {type(record).__name__}")
+        if b"\\u" in line:
+            check_unicode(record, f"{path}, line {number}")
         yield number, record
 
 

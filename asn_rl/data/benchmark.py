@@ -90,6 +90,8 @@ class Benchmark:
     """of the data"""
     prompt: PromptFormat
     max_new_tokens: int
+    family: str = ""
+    """the benchmark whose rows these are, too, by part and id; empty: its own, or those of what it extends"""
     files: Files | None = None
     hub: Hub | None = None
     """read where a local file is not there"""
@@ -154,7 +156,8 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
         inherited, _ = _read(str(base))
         if "extends" in inherited:
             raise ConfigError(f"{where}: 'extends' must name a benchmark that extends no other, got {base!r}")
-        values = {**inherited, **values}
+        family = {} if values.keys() & {"files", "source"} else {"family": base}
+        values = {**family, **inherited, **values}
     schema = values.pop("schema", None)
     if schema != SCHEMA:
         raise ConfigError(f"{where}: 'schema' must be {SCHEMA!r}, got {schema!r}")

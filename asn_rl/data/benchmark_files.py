@@ -1,7 +1,7 @@
 """Rows of a benchmark: local files with their checksums, or a data set of the Hugging Face Hub.
 
 A local file is JSONL, JSON (a list of objects) or CSV, each also gzipped, or, where the path has a `*`, many JSON files
-of one object each. A hub's rows carry no checksum; their `revision` does its work.
+of one object each. A hub's rows carry no checksum; their `revision`, a commit, does its work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asn_rl.errors import DataError, InvalidValue
+from asn_rl.files import check_unicode
 
 ROOT_VARIABLE = "ASN_RL_DATA"
 """environment variable that names the folder of all benchmarks' files"""
@@ -166,6 +167,7 @@ def _json(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}, entry {number} must be an object, got {row!r:.100}")
+        check_unicode(row, f"{path}, entry {number}")
         yield f"{path}, entry {number}", row
 
 
@@ -188,6 +190,7 @@ def _object(text: str | bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} must be a JSON object, got {row!r:.100}")
+    check_unicode(row, where)
     return row
 
 

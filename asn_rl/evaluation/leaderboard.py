@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ def _same(one: Record, other: Record) -> bool:
 
 
 def leaderboard(record: Record) -> list[dict[str, Any]]:
-    """One row an arm, the highest mean over tasks first; tasks weigh the same.
+    """One row an arm, the highest mean over tasks first; tasks weigh the same. Prompts of one row of data in several
+    tasks of a family (turns of a conversation, benchmarks that extend another) are resampled together.
 
     Keys: `arm`, `kind`, `run`, `tasks` (name -> mean, low, high of the primary metric, None where the arm was not run
     on the task), and for arms that have all tasks, where these share a primary metric, `overall` (mean, low, high) and
@@ -126,7 +128,7 @@ def leaderboard(record: Record) -> list[dict[str, Any]]:
     whole = [name for name in names if all(name in task["arms"] for task in tasks.values())]
     if len({task["primary"] for task in tasks.values()}) != 1:
         whole = []
-    overall, gaps = _over_tasks(list(tasks.values()), whole)
+    overall, gaps = _over_tasks(tasks, whole)
     rows = []
     for name in names:
         entries = {task: part["arms"].get(name) for task, part in tasks.items()}
@@ -146,26 +148,70 @@ def leaderboard(record: Record) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["overall"]["mean"] if row["overall"] else np.inf)
 
 
-def _over_tasks(tasks: Sequence[Record], arms: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _over_tasks(tasks: Mapping[str, Record], arms: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if not arms:
         return {}, {}
-    how = Resampling(tasks[0]["resamples"], tasks[0]["level"], tasks[0]["seed"])
-    strata = [f"{i} {label}" for i, task in enumerate(tasks) for label in task["strata"]]
-    counts = [len(set(task["strata"])) for task in tasks]
-    # Means are taken over all strata alike; these factors make them means over tasks.
-    factors = [sum(counts) / (len(tasks) * count) for count in counts]
-
-    def joined(pick: Any) -> np.ndarray:
-        return np.concatenate([f * values_of(task["arms"][pick(task)]) for f, task in zip(factors, tasks, strict=True)])
-
-    labels = np.asarray(strata)
-    values = {arm: joined(lambda task, arm=arm: arm) for arm in arms}
-    known = [
-        arm for arm in arms if all((~np.isnan(values[arm][labels == label])).any() for label in dict.fromkeys(strata))
-    ]
+    first = next(iter(tasks.values()))
+    how = Resampling(first["resamples"], first["level"], first["seed"])
+    rows = _Rows.of(tasks)
+    values = {arm: [values_of(task["arms"][arm]) for task in tasks.values()] for arm in arms}
+    known = [arm for arm in arms if rows.known(values[arm])]
     options = {"resamples": how.resamples, "level": how.level, "seed": how.seed}
-    overall = {arm: as_plain(bootstrap(values[arm], strata, **options)) for arm in known}
-    baselines = {task["baseline"] for task in tasks}
-    anchor = joined(lambda task: task["baseline"])
-    gaps = {arm: values[arm] - anchor for arm in known if baselines != {arm}}
-    return overall, differences(gaps, strata, how)[0] if gaps else {}
+    overall = {arm: as_plain(bootstrap(rows.joined(values[arm]), rows.groups, **options)) for arm in known}
+    baselines = {task["baseline"] for task in tasks.values()}
+    anchor = [values_of(task["arms"][task["baseline"]]) for task in tasks.values()]
+    gaps = {
+        arm: [mine - other for mine, other in zip(values[arm], anchor, strict=True)]
+        for arm in known
+        if baselines != {arm}
+    }
+    compared = {arm: rows.joined(gap) for arm, gap in gaps.items() if rows.known(gap)}
+    return overall, differences(compared, rows.groups, how)[0] if compared else {}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of data behind the prompts of several tasks. A row that several tasks ask, as the turns of a
+    conversation do, is resampled as one."""
+
+    places: list[np.ndarray]
+    """(P,) the row of each prompt, task by task"""
+    strata: list[np.ndarray]
+    """(P,) labels, task by task"""
+    groups: list[str]
+    """of each row: the tasks and strata that it is in"""
+
+    @classmethod
+    def of(cls, tasks: Mapping[str, Record]) -> _Rows:
+        numbers: dict[str, int] = {}
+        places, strata, member = [], [], defaultdict(list)
+        for name, task in tasks.items():
+            family = task.get("family", name)
+            keys = [f"{family}/{prompt.partition('/')[2] or prompt}" for prompt in task["prompts"]]
+            places.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys]))
+            strata.append(np.asarray(task["strata"]))
+            for row, label in zip(places[-1].tolist(), task["strata"], strict=True):
+                member[row].append(f"{name} {label}")
+        return cls(places, strata, [" + ".join(member[row]) for row in range(len(numbers))])
+
+    def known(self, values: Sequence[np.ndarray]) -> bool:
+        """Whether every stratum of every task, and every group, has a value."""
+        parts = zip(values, self.strata, strict=True)
+        if not all((~np.isnan(v[labels == label])).any() for v, labels in parts for label in set(labels.tolist())):
+            return False
+        joined = self.joined(values)
+        return set(self.groups) == {group for group, value in zip(self.groups, joined, strict=True) if value == value}
+
+    def joined(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """(rows,) numbers whose mean over groups of the mean over rows is the mean over tasks; NaN: masked in all."""
+        total, known = np.zeros(len(self.groups)), np.zeros(len(self.groups), bool)
+        for v, labels, places in zip(values, self.strata, self.places, strict=True):
+            names = set(labels.tolist())
+            for label in names:
+                which = (labels == label) & ~np.isnan(v)
+                total[places[which]] += v[which] / (len(values) * len(names) * which.sum())
+                known[places[which]] = True
+        groups = np.asarray(self.groups)
+        for group in set(self.groups):
+            total[groups == group] *= len(set(self.groups)) * known[groups == group].sum()
+        return np.where(known, total, np.nan)

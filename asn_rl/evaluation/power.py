@@ -136,6 +136,40 @@ def forecast(prompts: int, base_rate: float, design: PairedDesign | None = None)
     }
 
 
+def measured_forecast(
+    prompts: int, base: float, differences: np.ndarray, design: PairedDesign
+) -> dict[str, Any] | None:
+    """As `forecast`, for a metric that is no rate: from how differences to the baseline spread over a pilot's prompts.
+
+    Args:
+        prompts: that will be compared on.
+        base: the baseline's mean.
+        differences: (P, A) of other arms to the baseline on the pilot's prompts; NaN: masked. The arm whose
+            differences spread most counts.
+
+    Returns:
+        None where no arm differs on two prompts or more, so that nothing is known of the spread.
+
+    Raises:
+        InvalidValue: no prompts.
+    """
+    _check(prompts, 0.0)
+    spreads = [np.std(known, ddof=1) for column in differences.T if len(known := column[~np.isnan(column)]) >= 2]
+    spread = float(max(spreads, default=0.0))
+    if spread == 0:
+        return None
+    effect = design.quantile * spread / math.sqrt(prompts)
+    among = f"{design.comparisons} arms compared at once, " if design.comparisons > 1 else ""
+    return {
+        "effect": effect,
+        "base_rate": base,
+        "prompts": prompts,
+        "sentence": f"A gain of {effect:.3g} or more over {base:.3g} is shown {100 * design.power:g} times in 100 on "
+        f"{prompts} prompts ({among}level {design.level:g}; differences spread by {spread:.3g} over the prompts of the "
+        "selection split).",
+    }
+
+
 def _assumptions(design: PairedDesign) -> str:
     among = f"{design.comparisons} arms compared at once, " if design.comparisons > 1 else ""
     level = f"{among}level {design.level:g}; "

@@ -5,6 +5,7 @@ base_model    fingerprint of the base model
 left_out      benchmarks that could not be run -> why
 tasks         name of the benchmark ->
     version, fingerprint, split, limits, primary, level, resamples, seed    see `TaskSettings`
+    family          only where ids are those of a benchmark's rows: its name. Tasks of one family may ask the same row
     prompts         ids of the P prompts
     strata          P labels; every stratum weighs the same
     metrics         names of the metrics, see `metrics.METRICS`
@@ -67,6 +68,8 @@ class TaskSettings:
     split: str
     limits: Mapping[str, int | None]
     """for example {"prompts": None, "tokens": 256}; None: no limit"""
+    family: str = ""
+    """the benchmark whose rows the prompts' ids name; empty: a task that shares none"""
     primary: str = "accuracy"
     """the metric that arms are compared by; more is better"""
     judge: Mapping[str, Any] | None = None
@@ -114,6 +117,7 @@ def task_record(
     task: Record = {
         "version": settings.version,
         "fingerprint": settings.fingerprint,
+        **({"family": settings.family} if settings.family else {}),
         "split": settings.split,
         "limits": dict(settings.limits),
         "primary": settings.primary,

@@ -22,7 +22,13 @@ from asn_rl.evaluation.benchmarking import (
 )
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import measure, parse_name
-from asn_rl.evaluation.power import PairedDesign, forecast, minimum_detectable_effect, pilot
+from asn_rl.evaluation.power import (
+    PairedDesign,
+    forecast,
+    measured_forecast,
+    minimum_detectable_effect,
+    pilot,
+)
 from asn_rl.evaluation.record import SCHEMA, Record, TaskSettings, read_record, task_record, values_of
 from asn_rl.evaluation.samples import Samples
 from asn_rl.evaluation.seeds import seed_report
@@ -106,6 +112,7 @@ def _record(job: Job, task: Task, arms: Sequence[Arm]) -> Record:
         fingerprint=fingerprint(task),
         split="test",
         limits={"prompts": config.limit, "tokens": task.rollout.max_new_tokens},
+        family=benchmark.family or benchmark.name,
         primary=primary,
         judge=_judge(config, reference) if reference is not None else None,
         stop_early=config.stop_early if decisions else None,
@@ -166,16 +173,27 @@ def _best_static(job: Job, task: Task, samples: Samples, primary: str, arms: int
     best = int(np.nanargmax(sign * means))
     found = f"{samples.arms[best]}, {primary} {means[best]:.3f}"
     console.print(f"  best static rule on {len(samples.strata)} selection prompts: {found}", highlight=False)
-    if primary != "accuracy":
-        return samples.arms[best], None
-    base_rate, prompts = float(np.clip(means[best], 0.001, 0.999)), len(task.prompts["test"])
+    detectable = _detectable(job, task, samples, values, best, primary, arms)
+    if detectable is not None:
+        console.print(f"  {detectable['sentence']}", highlight=False)
+    return samples.arms[best], detectable
+
+
+def _detectable(
+    job: Job, task: Task, samples: Samples, values: np.ndarray, best: int, primary: str, arms: int
+) -> dict[str, Any] | None:
+    """What comparing `arms` with the best rule can show, from (P, A) values on the selection split."""
+    prompts, base = len(task.prompts["test"]), float(np.nanmean(values[:, best]))
     plain = PairedDesign(samples=samples.samples, comparisons=max(1, arms - 1), level=job.config.evaluate.level)
+    if primary == "win_rate" and job.config.evaluate.reference is None:  # then it is the best rule, a tie with itself
+        return measured_forecast(prompts, 0.5, values - 0.5, plain)
+    if primary != "accuracy":
+        return measured_forecast(prompts, base, values - values[:, [best]], plain)
+    base_rate = float(np.clip(base, 0.001, 0.999))
     # Of the rules, the one that is told apart worst: a near copy of the baseline would promise too much.
     designs = _pilots(samples, best, plain) or [plain]
     design = max(designs, key=lambda design: minimum_detectable_effect(prompts, base_rate, design))
-    detectable = forecast(prompts, base_rate, design)
-    console.print(f"  {detectable['sentence']}", highlight=False)
-    return samples.arms[best], detectable
+    return forecast(prompts, base_rate, design)
 
 
 def _pilots(samples: Samples, best: int, plain: PairedDesign) -> list[PairedDesign]:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,8 @@ def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".jsonl", "[1]\n", r"line 1 must be a JSON object, got \[1\]"),
         (".jsonl", '{"a": 1, "b": 2}', r"line 1: no field 'sum' in this row; it has a, b"),
         (".jsonl", '{"a": 1, "b": {}, "sum": 3}', r"line 1: a template shows text, numbers and lists of them, got {}"),
+        (".jsonl", r'{"a": "\udc80", "b": 2, "sum": 3}', r"line 1 holds half of a surrogate pair.*\\udc80"),
+        (".json", r'[{"a": "\ud83d\ude00"}, {"a": "\ud83d"}]', "entry 1 holds half of a surrogate pair"),
         (".json", '{"a": 1}', "must hold a list of objects, got dict"),
         (".json", "[1]", "entry 0 must be an object, got 1"),
         (".csv", "a,b,sum\n1,2\n", "line 2 must have 3 fields"),
@@ -305,6 +308,15 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         DataError, match=r"cannot read the split 'test' of nobody/nothing-here from the hub \(.*ASN_RL_D"
     ):
         benchmark_prompts(offline, "test")
+
+
+def test_the_hubs_rows_are_of_one_revision_and_variants_share_theirs() -> None:
+    shipped = {name: load_benchmark(name) for name in benchmark_names()}
+    pinned = {name: b.hub.revision for name, b in shipped.items() if b.hub}
+    assert len(pinned) >= 9
+    assert all(re.fullmatch("[0-9a-f]{40}", str(revision)) for revision in pinned.values())
+    families = {name: b.family for name, b in shipped.items() if b.family}
+    assert families == {"gsm8k_chat": "gsm8k", "math_four_shot": "math", "mbpp_sanitized": "mbpp"}
 
 
 def test_procedural_splits_and_refused_families(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_prompts_may_be_messages(tmp_path: Path):
         ('{"prompt": 7}', "line 3: 'prompt' must be text"),
         ('{"prompt": "x", "split": "tset"}', "line 3: 'split' must be one of train, selection, test, got 'tset'"),
         ('{"prompt": "x"', "line 3 is not JSON"),
+        (r'{"prompt": "x", "id": "\ud800"}', "line 3 holds half of a surrogate pair"),
         ('"x"', "line 3 must be a JSON object"),
         ('{"prompt": "x", "split": "test"}', "some rows have a 'split' and some do not"),
     ],

@@ -195,6 +195,36 @@ def test_the_leaderboard_weighs_tasks_alike_whatever_their_strata():
     assert (rows["temperature=2"]["overall"], rows["temperature=2"]["tasks"]["rhymes"]) == (None, None)
 
 
+def test_rows_that_several_tasks_ask_are_resampled_as_one():
+    """Two tasks that are copies of each other say as much as one of them, and half a copy as much as its rows."""
+    made = {**record(), "tasks": {"one": record()["tasks"]["sums"], "two": record()["tasks"]["sums"]}}
+    alone = leaderboard({**made, "tasks": {"one": made["tasks"]["one"]}})[0]
+    apart = leaderboard(made)[0]
+    for part in made["tasks"].values():
+        part["family"] = "sums"
+    together = leaderboard(made)[0]
+    for key in ("overall", "difference"):
+        assert together[key] == pytest.approx(alone[key])
+        assert apart[key]["mean"] == pytest.approx(alone[key]["mean"])
+        widths = [row[key]["high"] - row[key]["low"] for row in (apart, alone)]
+        assert widths[0] == pytest.approx(widths[1] / math.sqrt(2), rel=0.15)
+
+
+def test_tasks_that_share_some_rows_have_the_standard_error_of_their_rows():
+    generator = np.random.default_rng(5)
+    sums, shared = generator.normal(0.5, 0.1, 60), generator.normal(0.5, 0.1, 20)
+    made = {**record(), "tasks": {"one": record()["tasks"]["sums"], "two": record()["tasks"]["sums"]}}
+    for name, values in (("one", sums), ("two", np.concatenate([shared, sums[:40]]))):
+        made["tasks"][name]["family"] = "sums"
+        made["tasks"][name]["arms"]["rl"]["values"] = values.tolist()
+    made["tasks"]["two"]["prompts"] = [f"sums/other/{i}" for i in range(20)] + [f"p{i}" for i in range(40)]
+    found = next(row for row in leaderboard(made) if row["arm"] == "rl")["overall"]
+    assert found["mean"] == pytest.approx((sums.mean() + (shared.sum() + sums[:40].sum()) / 60) / 2)
+    parts = [(2 * sums[:40] / 120, 40), (sums[40:] / 120, 20), (shared / 120, 20)]  # what each row adds
+    error = math.sqrt(sum(count * part.var() for part, count in parts))
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.645 * error, rel=0.15)
+
+
 def test_a_leaderboard_of_one_task_is_that_task():
     made = {**record(), "tasks": {"sums": record()["tasks"]["sums"]}}
     row = leaderboard(made)[0]

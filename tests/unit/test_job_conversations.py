@@ -85,6 +85,8 @@ def test_the_second_turn_follows_the_arms_own_answer(talk: Path):
     tokens = [len(c.completion_ids or ()) for c in second.values() if c.heuristic == "T=2"]
     found = record["tasks"]["talk turn 2"]["arms"]["T=2"]["metrics"]
     assert found["tokens"]["mean"] == pytest.approx(np.mean(tokens))
+    assert record["tasks"]["talk turn 2"]["family"] == "talk"
+    assert record["tasks"]["talk"]["detectable"]["prompts"] == len(prompts)
     assert record["tasks"]["talk"]["arms"]["T=2"]["masked"] == 0  # nothing verifies, so nothing is masked
 
 
@@ -114,6 +116,7 @@ def test_without_a_named_reference_it_is_the_baseline(talk: Path):
     task = evaluate(job(talk, "run", judge={"function": "toy_rewards:more_words"}))["tasks"]["talk"]
     assert task["judge"]["reference"] == task["baseline"]
     assert set(task["arms"][task["baseline"]]["values"]) == {0.5}
+    assert (task["family"], task["detectable"]["base_rate"]) == ("talk", 0.5)
     for arm in task["arms"].values():
         if arm["difference"]:
             assert arm["difference"]["mean"] == pytest.approx(arm["metrics"]["win_rate"]["mean"] - 0.5)
