@@ -66,8 +66,12 @@ class GenerationRequest:
     """pipeline of heuristics, a list of {name, params}; empty: the base model's own distribution"""
     seed: int
     max_new_tokens: int
+    policy: str | None = None
+    """a policy by its name on the servers, which decides alone: no processors beside it; None: the servers' sampling"""
 
     def __post_init__(self) -> None:
+        if self.policy is not None and self.processors:
+            raise InvalidValue("processors", list(self.processors), "none beside a policy")
         if not 0 <= self.seed < 2**63:
             raise InvalidValue("seed", self.seed, "in [0, 2^63)")
         if self.max_new_tokens < 1:
@@ -91,6 +95,8 @@ class ServerCompletion:
 
 
 Result = ServerCompletion | RequestFailure
+WithPolicy = Callable[[dict[str, Any], str, int], dict[str, Any]]
+"""(body of a request, name of a policy, token budget) -> the body that asks for it"""
 
 
 class ServerGenerator:
@@ -106,6 +112,7 @@ class ServerGenerator:
         eos_token_ids: end a completion, besides those the server knows; not sent by the openai kind.
         stop: texts that end a completion; its text is what comes before.
         logprobs: ask for log-probabilities; sglang and vllm only.
+        with_policy: how requests name a policy (`asn_rl.serving.client.WITH_POLICY`); None: they cannot.
         extra: further fields of each request, for example {"chat_template_kwargs": {"enable_thinking": False}}.
     """
 
@@ -120,6 +127,7 @@ class ServerGenerator:
         eos_token_ids: Iterable[int] = (),
         stop: Sequence[str] = (),
         logprobs: bool = False,
+        with_policy: WithPolicy | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         _require_kind(kind)
@@ -132,7 +140,7 @@ class ServerGenerator:
         self.kind: Kind = kind
         self.model, self.encode, self.decode = model, encode, decode
         self.eos_token_ids, self.logprobs, self.extra = sorted(eos_token_ids), logprobs, dict(extra or {})
-        self.stop = tuple(stop)
+        self.stop, self.with_policy = tuple(stop), with_policy
         self.pool = ServerPool(config)
 
     def __enter__(self) -> Self:
@@ -158,6 +166,10 @@ class ServerGenerator:
     def payload(self, request: GenerationRequest) -> dict[str, Any]:
         """The body of a request."""
         body = self._body(request, sampling_params(self.kind, request.processors))
+        if request.policy is not None:
+            if self.with_policy is None:
+                raise ConfigError(f"no request can name the policy {request.policy!r}; give with_policy")
+            body = self.with_policy(body, request.policy, request.max_new_tokens)
         if clash := sorted(body.keys() & self.extra.keys()):
             raise ConfigError(f"extra sets {clash}, which a request decides itself; leave them out")
         return body | self.extra

@@ -19,6 +19,7 @@ from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import METRICS
 from asn_rl.job.config import DISTILLED, RL
 from asn_rl.job.job import Job
+from asn_rl.job.servers import generate_on_servers
 from asn_rl.labelling import generate as generating
 from asn_rl.labelling import labels as labelling
 from asn_rl.labelling.grid import Grid
@@ -247,15 +248,16 @@ def _completed(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Seq
     """Completions of some prompts under all arms; in a later turn, after those of the turn before."""
     folder = task.folder / name / "candidates"
     grid = Grid(tuple(p.id for p in prompts), tuple(arm.name for arm in arms), job.config.evaluate.seeds)
-    source = generating.InProcess(
-        task.backend,
-        {arm.name: arm.policy for arm in arms},
-        {prompt.id: prompt for prompt in prompts},
-        task.rollout,
-        [arm.name for arm in arms if arm.deterministic],
-        _completed(job, task.after, name, prompts, arms) if task.after else None,
-    )
-    generating.generate(CandidateStore(grid, folder), source, folder)
+    store, by_id = CandidateStore(grid, folder), {prompt.id: prompt for prompt in prompts}
+    earlier = _completed(job, task.after, name, prompts, arms) if task.after else None
+    servers = job.config.generate.servers
+    if servers is not None and servers.policies is not None:
+        generate_on_servers(job, servers, store, by_id, arms, task.backend, task.rollout, earlier)
+    else:
+        policies = {arm.name: arm.policy for arm in arms}
+        fixed = [arm.name for arm in arms if arm.deterministic]
+        source = generating.InProcess(task.backend, policies, by_id, task.rollout, fixed, earlier)
+        generating.generate(store, source, folder)
     return CandidateStore(grid, folder)
 
 

@@ -87,6 +87,17 @@ class GenerationServers:
     """what they speak"""
     model: str | None = None
     """name under which they serve the base model; needed by openai"""
+    policies: str | None = None
+    """folder of policies that they were started with (`asn_rl.serving`): every rule and policy is written there and
+    asked for by name, and evaluations ask the servers, too; null: the servers' own sampling, for the rules it has"""
+    router: bool = False
+    """the addresses are those of SGLang's router"""
+
+    def __post_init__(self) -> None:
+        if self.policies is not None and self.kind == "openai":
+            raise InvalidValue("kind", self.kind, "sglang or vllm, with policies")
+        if self.router and (self.kind != "sglang" or self.policies is None):
+            raise InvalidValue("router", True, "false without policies, or with kind vllm or openai")
 
 
 @dataclass(frozen=True)

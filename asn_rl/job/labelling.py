@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from asn_rl.backends.server_generation import ServerGenerator
-from asn_rl.errors import BackendError, ConfigError, DataError, UnknownName
+from asn_rl.errors import ConfigError, DataError, UnknownName
 from asn_rl.evaluation.comparison import by_stratum
 from asn_rl.evaluation.statistics import masked_mean, split_half_oracle, stratified_mean
-from asn_rl.job.config import GenerationServers
 from asn_rl.job.job import Job
+from asn_rl.job.servers import generate_on_servers
 from asn_rl.labelling import generate as generating
 from asn_rl.labelling import labels as labelling
 from asn_rl.labelling import select as selecting
@@ -68,34 +67,14 @@ def generate(job: Job) -> dict[str, CandidateStore]:
 
 
 def _generate(job: Job, candidates: CandidateStore, by_id: dict[str, Prompt]) -> None:
-    fixed = [arm.name for arm in job.arms if arm.deterministic]
     if job.config.generate.servers is not None:
-        return _generate_on_servers(job, job.config.generate.servers, candidates, by_id, fixed)
+        servers, limits = job.config.generate.servers, job.config.rollout
+        return generate_on_servers(job, servers, candidates, by_id, job.arms, job.backend, limits)
     policies = {arm.name: arm.policy for arm in job.arms}
+    fixed = [arm.name for arm in job.arms if arm.deterministic]
     source = generating.InProcess(job.backend, policies, by_id, job.config.rollout, fixed)
     generating.generate(candidates, source, candidates.folder)
     return None
-
-
-def _generate_on_servers(
-    job: Job, servers: GenerationServers, candidates: CandidateStore, by_id: dict[str, Prompt], fixed: list[str]
-) -> None:
-    codec: dict[str, Any] = {}
-    if servers.kind != "openai":  # which renders prompts and returns texts itself
-        backend = job.backend
-        codec = {"encode": backend.encode, "decode": backend.decode, "eos_token_ids": backend.eos_token_ids}
-    processors = {spec.name: spec.processors for spec in job.heuristics}
-    stop = job.config.rollout.stop
-    with ServerGenerator(servers.pool, servers.kind, model=servers.model, stop=stop, **codec) as generator:
-        source = generating.FromServers(generator, processors, by_id, job.config.rollout.max_new_tokens, fixed)
-        left_out = generating.generate(candidates, source, candidates.folder)
-    if left_out:
-        counts, examples = source.failures.most_common(), source.examples
-        reasons = "; ".join(f"{count} cells: {reason}, such as {examples[reason]}" for reason, count in counts)
-        raise BackendError(
-            f"{left_out} of {candidates.grid.size} cells could not be generated ({reasons}). `asn-rl verify` names "
-            "them; the same command tries them again"
-        )
 
 
 def verify(job: Job) -> dict[str, Verification]:

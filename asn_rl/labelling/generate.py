@@ -19,6 +19,7 @@ from asn_rl.mixed_batch import MixedBatch
 from asn_rl.protocols import LogitsBackend, Policy
 from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.runs import progress
+from asn_rl.serving.client import derived_seed
 from asn_rl.types import Candidate, Key, Messages, Prompt
 
 Source = Callable[[Sequence[Key]], Iterator[list[Candidate]]]
@@ -72,7 +73,7 @@ class InProcess:
     def _decode(self, groups: Sequence[Sequence[Key]]) -> list[Candidate]:
         """Candidates of groups of cells, one completion a group."""
         names = list(self.policies)
-        prompts = [self._asked(group[0]) for group in groups]
+        prompts = [asked(group[0], self.prompts, self.earlier) for group in groups]
         policy = MixedBatch(list(self.policies.values()), [names.index(group[0][1]) for group in groups])
         trajectories = rollout(
             policy,
@@ -93,12 +94,13 @@ class InProcess:
             for cell in group
         ]
 
-    def _asked(self, cell: Key) -> Prompt:
-        prompt = self.prompts[cell[0]]
-        if self.earlier is None:
-            return prompt
-        place = self.earlier.location(self.earlier.grid.index(cell, "the turn before"))
-        return next_turn(prompt, *read_candidates([place]))
+
+def asked(cell: Key, prompts: Mapping[str, Prompt], earlier: CandidateStore | None) -> Prompt:
+    """What a cell answers: its prompt, or the next turn after its own answer in `earlier`."""
+    prompt = prompts[cell[0]]
+    if earlier is None:
+        return prompt
+    return next_turn(prompt, *read_candidates([earlier.location(earlier.grid.index(cell, "the turn before"))]))
 
 
 def next_turn(prompt: Prompt, answer: Candidate) -> Prompt:
@@ -118,16 +120,20 @@ def as_messages(prompt: Prompt) -> Messages:
 @dataclass(frozen=True)
 class FromServers:
     """Candidates from a pool of inference servers, each written as it arrives. What a server gave up on is left out
-    and counted."""
+    and counted. Heuristics share their draws where a server heeds seeds; prompts do not."""
 
     generator: ServerGenerator
     processors: Mapping[str, Sequence[Mapping[str, Any]]]
-    """steps {name, params} of the heuristics, by name"""
+    """steps {name, params} of the heuristics, by name, that the servers' own sampling expresses"""
+    policies: Mapping[str, str]
+    """names on the servers of the other heuristics, which they serve as policies"""
     prompts: Mapping[str, Prompt]
     """prompts by id"""
     max_new_tokens: int
     deterministic: Collection[str] = ()
     """heuristics that give every seed the same text, which is then asked for once a prompt"""
+    earlier: CandidateStore | None = None
+    """see `InProcess`"""
     failures: Counter[str] = field(default_factory=Counter)
     """cells that were left out, by reason (see `RequestFailure`)"""
     examples: dict[str, str] = field(default_factory=dict)
@@ -135,16 +141,28 @@ class FromServers:
 
     def __call__(self, cells: Sequence[Key]) -> Iterator[list[Candidate]]:
         groups = _by_text(cells, self.deterministic)
-        for i, answer in self.generator.generate(self._request(*group[0]) for group in groups):
+        prompts = [asked(group[0], self.prompts, self.earlier) for group in groups]
+        requests = (self._request(p, *group[0][1:]) for p, group in zip(prompts, groups, strict=True))
+        for i, answer in self.generator.generate(requests):
             if isinstance(answer, RequestFailure):
                 self.failures[answer.reason] += len(groups[i])
                 self.examples.setdefault(answer.reason, answer.detail)
                 continue
             text, ids, terminated = answer.text, answer.token_ids, answer.terminated
-            yield [Candidate(*cell, completion=text, completion_ids=ids, terminated=terminated) for cell in groups[i]]
+            history = None if self.earlier is None else as_messages(prompts[i])
+            yield [
+                Candidate(*cell, completion=text, completion_ids=ids, terminated=terminated, history=history)
+                for cell in groups[i]
+            ]
 
-    def _request(self, prompt: str, heuristic: str, seed: int) -> GenerationRequest:
-        return GenerationRequest(self.prompts[prompt].content, self.processors[heuristic], seed, self.max_new_tokens)
+    def _request(self, prompt: Prompt, heuristic: str, seed: int) -> GenerationRequest:
+        return GenerationRequest(
+            prompt.content,
+            self.processors.get(heuristic, ()),
+            derived_seed(seed, prompt.id),
+            self.max_new_tokens,
+            self.policies.get(heuristic),
+        )
 
 
 def _by_text(cells: Sequence[Key], deterministic: Collection[str]) -> list[list[Key]]:

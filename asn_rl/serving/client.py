@@ -19,7 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
-from asn_rl.backends.server_generation import PATHS, Kind, ServerCompletion, parse_completion, sampling_params
+from asn_rl.backends.server_generation import (
+    PATHS,
+    Kind,
+    ServerCompletion,
+    WithPolicy,
+    parse_completion,
+    sampling_params,
+)
 from asn_rl.backends.servers import RequestFailure, ServerPool, ServersConfig
 from asn_rl.errors import DataError, InvalidValue
 from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT, STATUS_PATH
@@ -172,11 +179,31 @@ class SGLangClient(PooledClient):
         body = {"input_ids": prompt_ids, "sampling_params": sampling, "return_logprob": True}
         if policy is None:
             return body
-        arguments = {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: max_new_tokens}
-        if self.router:
-            return body | {"custom_logit_processor": processor_with(arguments)}
-        sampling["custom_params"] = arguments
-        return body | {"custom_logit_processor": PROCESSOR}
+        return (through_router if self.router else in_sglang)(body, policy, max_new_tokens)
+
+
+def in_sglang(body: dict[str, Any], policy: str, budget: int) -> dict[str, Any]:
+    """The body of a request to SGLang's `/generate` that asks for a policy."""
+    sampling = body["sampling_params"] | {"custom_params": _arguments(policy, budget)}
+    return body | {"sampling_params": sampling, "custom_logit_processor": PROCESSOR}
+
+
+def through_router(body: dict[str, Any], policy: str, budget: int) -> dict[str, Any]:
+    """The same to SGLang's router, which drops `custom_params`."""
+    return body | {"custom_logit_processor": processor_with(_arguments(policy, budget))}
+
+
+def in_vllm(body: dict[str, Any], policy: str, budget: int) -> dict[str, Any]:
+    """The body of a request to vLLM's `/v1/completions` that asks for a policy."""
+    return body | {"vllm_xargs": _arguments(policy, budget)}
+
+
+WITH_POLICY: Mapping[str, WithPolicy] = {"sglang": in_sglang, "vllm": in_vllm, "router": through_router}
+"""by what is asked: SGLang, vLLM, SGLang's router"""
+
+
+def _arguments(policy: str, budget: int) -> dict[str, Any]:
+    return {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: budget}
 
 
 def derived_seed(seed: int, key: int | str) -> int:

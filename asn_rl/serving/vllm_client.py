@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asn_rl.backends.server_generation import PATHS, Kind, sampling_params
-from asn_rl.serving.client import PooledClient
-from asn_rl.serving.settings import BUDGET_ARGUMENT, POLICY_ARGUMENT
+from asn_rl.serving.client import PooledClient, in_vllm
 
 
 class VLLMClient(PooledClient):
@@ -26,6 +25,4 @@ class VLLMClient(PooledClient):
         body |= sampling_params("vllm", []) | {"return_token_ids": True}
         if seed is not None:
             body["seed"] = seed
-        if policy is None:
-            return body
-        return body | {"vllm_xargs": {POLICY_ARGUMENT: policy, BUDGET_ARGUMENT: max_new_tokens}}
+        return body if policy is None else in_vllm(body, policy, max_new_tokens)

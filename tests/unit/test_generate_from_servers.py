@@ -20,6 +20,7 @@ from asn_rl.labelling import generate as generating
 from asn_rl.labelling.grid import Grid
 from asn_rl.labelling.store import CandidateStore, read_candidates
 from asn_rl.rollout import RolloutConfig, rollout
+from asn_rl.serving.client import derived_seed
 from asn_rl.types import Prompt
 
 TOY = ToyBackend.random(32, seed=0)
@@ -32,6 +33,8 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 SERVED = {0.0: "greedy", 1.0: "base", 0.5: "cold"}
 GRID = Grid(tuple(p.id for p in PROMPTS), tuple(STEPS), (3, 4, 5))
 CONFIG = RolloutConfig(max_new_tokens=6)
+SEEDS = {derived_seed(seed, p.id): seed for p in PROMPTS for seed in (*GRID.seeds, 1000, 1001)}
+"""a cell's seed by that of its request"""
 
 
 def vllm(payload: dict[str, Any]) -> Reply:
@@ -39,7 +42,7 @@ def vllm(payload: dict[str, Any]) -> Reply:
     policy = Pipeline(STEPS[SERVED[payload["temperature"]]])
     text = " ".join(TOY.words[token] for token in payload["prompt"])
     prompt = next(prompt for prompt in PROMPTS if prompt.content == text)
-    run = rollout(policy, TOY, [prompt], RolloutConfig(payload["max_tokens"]), seed=payload["seed"])
+    run = rollout(policy, TOY, [prompt], RolloutConfig(payload["max_tokens"]), seed=SEEDS[payload["seed"]])
     reason = "stop" if run.terminated[0] else "length"
     choice = {"text": run.completions[0], "token_ids": run.completion_ids[0], "finish_reason": reason}
     return 200, {"choices": [choice | {"logprobs": None}]}
@@ -50,7 +53,7 @@ def candidates_of(folder: Path, *servers: LocalServer) -> tuple[int, generating.
     codec = {"encode": TOY.encode, "decode": TOY.decode, "eos_token_ids": TOY.eos_token_ids}
     with ServerGenerator(pool, "vllm", **codec) as generator:
         by_id = {prompt.id: prompt for prompt in PROMPTS}
-        source = generating.FromServers(generator, STEPS, by_id, CONFIG.max_new_tokens, ["greedy"])
+        source = generating.FromServers(generator, STEPS, {}, by_id, CONFIG.max_new_tokens, ["greedy"])
         return generating.generate(CandidateStore(GRID, folder), source, folder), source
 
 
@@ -79,7 +82,7 @@ def test_every_cell_comes_once_also_when_a_server_dies(tmp_path: Path) -> None:
 
 def test_what_a_server_refuses_is_left_out_counted_and_had_the_next_time(tmp_path: Path) -> None:
     def picky(payload: dict[str, Any]) -> Reply:
-        return (400, {"error": "no hot prompts"}) if payload["seed"] == 4 else vllm(payload)
+        return (400, {"error": "no hot prompts"}) if SEEDS[payload["seed"]] == 4 else vllm(payload)
 
     with LocalServer(picky) as server:
         left_out, source = candidates_of(tmp_path, server)
@@ -89,7 +92,7 @@ def test_what_a_server_refuses_is_left_out_counted_and_had_the_next_time(tmp_pat
     assert "no hot prompts" in source.examples["status"]
     with LocalServer(vllm) as server:
         assert candidates_of(tmp_path, server)[0] == 0
-        assert {payload["seed"] for payload in server.payloads} == {4}
+        assert {SEEDS[payload["seed"]] for payload in server.payloads} == {4}
     assert_whole(tmp_path)
 
 
@@ -97,10 +100,12 @@ def test_failures_are_counted_by_reason_whatever_the_server_says(tmp_path: Path)
     """A text that no file can hold is one of them, and takes nothing else with it."""
 
     def broken(payload: dict[str, Any]) -> Reply:
-        if payload["seed"] == 4:
+        if SEEDS[payload["seed"]] == 4:
             return 400, {"error": f"request {len(server.payloads)}"}
         status, answer = vllm(payload)
-        return status, answer if payload["seed"] == 5 else {"choices": [answer["choices"][0] | {"text": "\ud800"}]}
+        return status, answer if SEEDS[payload["seed"]] == 5 else {
+            "choices": [answer["choices"][0] | {"text": "\ud800"}]
+        }
 
     with LocalServer(broken) as server:
         left_out, source = candidates_of(tmp_path, server)
