@@ -253,6 +253,18 @@ def _promote(job: Job, options: argparse.Namespace) -> int:
     return 0 if record["outcome"] == "promoted" else 1
 
 
+def _guard(job: Job, options: argparse.Namespace) -> None:
+    from asn_rl.job import guard
+
+    guard(job, candidate=options.candidate, rule=options.rule, output=options.output)
+
+
+def _guard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--candidate", type=Path, help="policy folder; default: policy in the run folder")
+    parser.add_argument("--rule", help="name of a static rule; default: the best one on the selection split")
+    parser.add_argument("--output", type=Path, help="folder of the guarded policy; default: guarded in the run folder")
+
+
 def _promotion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidate", type=Path, help="policy folder; default: policy in the run folder")
     parser.add_argument("--incumbent", required=True, help="policy folder, or the name of a static rule")
@@ -303,6 +315,12 @@ JOB_VERBS = {
         _evaluation_options,
         "--tasks gsm8k,ifeval --limit 100 --policy rl=runs/demo/policy",
         _evaluation_overrides,
+    ),
+    "guard": JobVerb(
+        "put a static rule behind a policy, for contexts that its training prompts have not shown",
+        _guard,
+        _guard_options,
+        "--rule greedy",
     ),
     "promote": JobVerb(
         "put a policy in the incumbent's place if fresh prompts show that it is better; exit status 1 if not",

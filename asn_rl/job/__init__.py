@@ -2,6 +2,7 @@
 
 from asn_rl.job.config import CompareConfig, GenerateConfig, HeuristicSpec, JobConfig, PolicySpec
 from asn_rl.job.evaluation import evaluate
+from asn_rl.job.guarding import guard
 from asn_rl.job.job import Job
 from asn_rl.job.labelling import fit_reward_model, generate, label, select, verify
 from asn_rl.job.learning import compare, distil, reinforce
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "fit_reward_model",
     "generate",
+    "guard",
     "headroom",
     "label",
     "promote",

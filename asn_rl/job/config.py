@@ -155,6 +155,27 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """A static rule behind the trained policy (`asn-rl guard`)."""
+
+    policy: str = "asn_policies:Fallback"
+    """class that holds both; its `around(folder, processors, limits)` makes one"""
+    prompts: int = 64
+    """training prompts at most whose completions show the range of contexts"""
+    num_generations: int = 4
+    """completions of each"""
+    seed: int = 4000
+    """keys their draws"""
+    cut: float = 0.001
+    """share of tokens left out at either end of each context entry"""
+    margin: float = 0.05
+    """what is added at either end, as a share of the range"""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "prompts", "num_generations")
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """The whole job: generate, label and select candidates, distil, improve by RL, compare on held-out prompts."""
 
@@ -199,6 +220,7 @@ class JobConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)
     threads: int | None = None
     """threads for tensor operations; null: OMP_NUM_THREADS, or all cores"""

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from asn_policies.base import PolicyModule
 from asn_policies.heuristics import Pipeline
 from asn_rl.checkpoint import load_policy, read_policy_config
-from asn_rl.errors import ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.errors import ConfigError, InvalidValue, UnknownName
 from asn_rl.ops.context import CONTEXT
 from asn_rl.protocols import TrainablePolicy
 from asn_rl.registry import load_attribute
-from asn_rl.types import Observation, PolicyOutput, State, Trajectories
+from asn_rl.types import Observation, PolicyOutput, State
 
 Limits = Mapping[str, Sequence[float]]
 """context entry -> [low, high]; an entry that is not named has no limits"""
@@ -35,7 +35,7 @@ class Fallback(PolicyModule):
         inner: the trained policy, {"policy": "module:attribute", "arguments": {...}} as in a policy folder's
             `config.json`.
         rule: steps {name, params} of the static rule, as for `Pipeline`.
-        limits: {context entry: [low, high]}, as `context_limits` fits them; ends belong to the range.
+        limits: {context entry: [low, high]}, as `asn_rl.evaluation.context_range` fits them; ends belong to the range.
 
     Raises:
         UnknownName: no such context entry.
@@ -98,40 +98,6 @@ class Fallback(PolicyModule):
         self.fell_back.zero_()
 
 
-def context_limits(trajectories: Trajectories, cut: float = 0.001, margin: float = 0.05) -> dict[str, list[float]]:
-    """The range of contexts that a policy was trained on: quantiles of every entry, widened a little.
-
-    At most a share 2 * cut of the given tokens lies outside by any one entry.
-
-    Args:
-        trajectories: what it was trained on, or a sample of it.
-        cut: share of tokens left out at either end of each entry, in [0, 0.5).
-        margin: what is added at either end, as a share of the distance between the quantiles, and at least that share
-            of a hundredth of the documented range.
-
-    Returns:
-        {context entry: [low, high]}, within the documented range.
-
-    Raises:
-        InvalidValue: `cut` or `margin` out of range.
-        DataError: no tokens.
-    """
-    if not 0 <= cut < 0.5:
-        raise InvalidValue("cut", cut, "in [0, 0.5)")
-    if not margin >= 0:
-        raise InvalidValue("margin", margin, ">= 0")
-    context = trajectories.observations.context.double()
-    if not len(context):
-        raise DataError("the trajectories hold no tokens; a range of contexts needs some")
-    ordered, skipped = context.sort(0).values, int(cut * len(context))
-    limits = {}
-    for i, entry in enumerate(CONTEXT):
-        low, high = float(ordered[skipped, i]), float(ordered[-1 - skipped, i])
-        extra = margin * max(high - low, 0.01 * (entry.high - entry.low))
-        limits[entry.name] = [max(entry.low, low - extra), min(entry.high, high + extra)]
-    return limits
-
-
 def build_inner(inner: Mapping[str, Any]) -> TrainablePolicy:
     """The policy that another one holds, {policy: "module:attribute", arguments: {...}}, untrained.
 
@@ -153,7 +119,12 @@ def _bounds(limits: Limits) -> tuple[Tensor, Tensor]:
     """(C,) least and greatest allowed context; infinite where an entry is not named."""
     names = [entry.name for entry in CONTEXT]
     if not limits:
-        raise InvalidValue("limits", dict(limits), "at least one {context entry: [low, high]}", "fit context_limits()")
+        raise InvalidValue(
+            "limits",
+            dict(limits),
+            "at least one {context entry: [low, high]}",
+            "fit them by asn_rl.evaluation.context_range.context_limits",
+        )
     low, high = torch.full((len(names),), -torch.inf), torch.full((len(names),), torch.inf)
     for name, ends in limits.items():
         if name not in names:

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asn_policies import LocalTransform, Pipeline
-from asn_policies.fallback import Fallback, context_limits
+from asn_policies.fallback import Fallback
 from asn_rl.backends.hf import HFBackend
 from asn_rl.backends.toy import ToyBackend
 from asn_rl.checkpoint import load_policy, read_policy_config, save_policy
 from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.evaluation.context_range import context_limits, outside_share
 from asn_rl.ops.context import CONTEXT, context_vector
 from asn_rl.ops.sketch import SketchSize, build_sketch
 from asn_rl.rollout import RolloutConfig, rollout
@@ -166,6 +167,7 @@ def test_the_training_tokens_lie_inside_and_a_longer_budget_outside(toy: ToyBack
     assert policy.outside(observation(position=200.0)).all()
     fresh = trajectories(trained, toy, seed=9)
     assert policy.outside(fresh.observations).float().mean() < 0.05
+    assert outside_share(fresh, limits) == pytest.approx(float(policy.outside(fresh.observations).float().mean()))
 
 
 def test_limits_are_quantiles_and_a_margin(toy: ToyBackend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from asn_rl.backends.hf import HFBackend
 from asn_rl.checkpoint import load_policy, save_policy
 from asn_rl.data import DataConfig
 from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError, InvalidValue, UnknownName
+from asn_rl.evaluation.context_range import outside_share
 from asn_rl.evaluation.promotion import Decision, PromotionConfig, minimum_detectable_effect, promotion_test
-from asn_rl.job import HeuristicSpec, Job, JobConfig, promotion
+from asn_rl.job import HeuristicSpec, Job, JobConfig, guard, promotion
 from asn_rl.job.promotion import decided_on, folder_digest, promote
 from asn_rl.rewards.compose import RewardConfig
-from asn_rl.rollout import RolloutConfig
+from asn_rl.rollout import RolloutConfig, rollout
 from asn_rl.types import Prompt
 
 NAN = math.nan
@@ -244,6 +246,30 @@ def test_a_static_rule_as_incumbent(job: Job, tmp_path: Path):
     assert promote(job, candidate, "T=1", config=CONFIG, output=tmp_path / "third")["outcome"] == "promoted"
 
 
+def test_a_guarded_candidate_is_the_rule_where_training_prompts_show_nothing(job: Job, tmp_path: Path):
+    candidate = saved(tmp_path / "new", [], fingerprint=job.backend.fingerprint)
+    made = guard(job, candidate=candidate, rule="greedy")
+    policy = load_policy(job.run / "guarded")
+    assert made["outside"] < 0.05
+    assert (made["rule"], made["folder"]) == ("greedy", str(job.run / "guarded"))
+    assert policy.arguments["limits"] == made["limits"]
+    longer = dataclasses.replace(job.config.rollout, max_new_tokens=60)  # budgets that training never had
+    prompts = job.prompts("test")
+    found, greedy = (rollout(arm, job.backend, prompts, longer) for arm in (policy, Pipeline(GREEDY)))
+    assert found.completion_ids == greedy.completion_ids
+    inside = rollout(policy, job.backend, prompts, job.config.rollout, num_generations=4)
+    assert outside_share(inside, made["limits"]) < 0.05
+    record = promote(job, job.run / "guarded", "greedy", config=CONFIG, into=tmp_path / "live")
+    assert record["outcome"] == "promoted"
+    assert guard(job, candidate=candidate, output=tmp_path / "best")["rule"] == "top_k=2"  # of the selection split
+    with pytest.raises(UnknownName, match="unknown static rule 'gredy'"):
+        guard(job, candidate=candidate, rule="gredy")
+    with pytest.raises(InvalidValue, match="another folder than the candidate's"):
+        guard(job, candidate=candidate, rule="greedy", output=candidate)
+    with pytest.raises(CheckpointError, match="holds no policy"):
+        guard(job, rule="greedy")
+
+
 def test_the_forecast_is_written_before_the_candidate_generates(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -364,4 +390,7 @@ def test_on_the_real_model(smollm: HFBackend, tmp_path: Path):
     record = promote(job, tmp_path / "new", "greedy", config=settings, into=tmp_path / "live")
     assert record["outcome"] == "not enough evidence"
     assert record["prompts"] == 6
+    guarded = guard(job, candidate=tmp_path / "new", rule="greedy")
+    seen = rollout(load_policy(guarded["folder"]), smollm, job.prompts("test"), job.config.rollout, seed=5)
+    assert outside_share(seen, guarded["limits"]) < 0.3
     assert not (tmp_path / "live").exists()
