@@ -181,9 +181,7 @@ def test_a_policy_is_promoted_only_on_evidence(folder: Path, asn_rl: Command) ->
     once_more = ("--output", "third", "--prompts", "fresh.jsonl", "--seen", "second")
     assert "earlier decision" in asn_rl(*job("promote", "run", *small), *arguments, *once_more).stderr
     guarded = asn_rl(*job("guard", "run", *small), "--candidate", "run/distilled", "--rule", "greedy")
-    assert "guarded: the policy in run/distilled, and greedy where the context leaves" in " ".join(
-        guarded.stdout.split()
-    )
+    assert "the policy in run/distilled, and greedy where the context" in " ".join(guarded.stdout.split())
     assert (folder / "run/guarded/model.safetensors").exists()
     wrong = asn_rl(*job("promote", "run", *small), "--incumbent", "gredy")
     assert wrong.status == 2
