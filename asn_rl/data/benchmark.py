@@ -156,7 +156,7 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
         inherited, _ = _read(str(base))
         if "extends" in inherited:
             raise ConfigError(f"{where}: 'extends' must name a benchmark that extends no other, got {base!r}")
-        family = {} if values.keys() & {"files", "source"} else {"family": base}
+        family = {} if values.keys() & {"files", "source", "hub", "id_field"} else {"family": base}
         values = {**family, **inherited, **values}
     schema = values.pop("schema", None)
     if schema != SCHEMA:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from asn_rl.errors import DataError
 from asn_rl.evaluation.record import Record, check_record, differences, values_of, with_differences
 from asn_rl.evaluation.statistics import Resampling, as_plain, bootstrap
 
+_FEWEST = 5
+"""rows of a group of their own, where tasks share rows"""
 _AGREE = ("version", "fingerprint", "split", "limits", "primary", "level", "prompts", "strata")
 
 
@@ -186,13 +188,15 @@ class _Rows:
         numbers: dict[str, int] = {}
         places, strata, member = [], [], defaultdict(list)
         for name, task in tasks.items():
-            family = task.get("family", name)
-            keys = [f"{family}/{prompt.partition('/')[2] or prompt}" for prompt in task["prompts"]]
+            family = task.get("family")
+            ids = task["prompts"] if family is None else [id.partition("/")[2] or id for id in task["prompts"]]
+            keys = [f"{family or name}/{id}" for id in ids]
             places.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys]))
             strata.append(np.asarray(task["strata"]))
             for row, label in zip(places[-1].tolist(), task["strata"], strict=True):
                 member[row].append(f"{name} {label}")
-        return cls(places, strata, [" + ".join(member[row]) for row in range(len(numbers))])
+        groups = [" + ".join(member[row]) for row in range(len(numbers))]
+        return cls(places, strata, _pooled(groups, shared=len(numbers) < sum(map(len, places))))
 
     def known(self, values: Sequence[np.ndarray]) -> bool:
         """Whether every stratum of every task, and every group, has a value."""
@@ -203,15 +207,29 @@ class _Rows:
         return set(self.groups) == {group for group, value in zip(self.groups, joined, strict=True) if value == value}
 
     def joined(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """(rows,) numbers whose mean over groups of the mean over rows is the mean over tasks; NaN: masked in all."""
-        total, known = np.zeros(len(self.groups)), np.zeros(len(self.groups), bool)
+        """(rows,) numbers whose mean over groups of the mean over rows is the mean over tasks; NaN: masked in all.
+
+        What a row adds is taken around the means of its strata, so that how many masked ones a resample draws tells
+        nothing by itself."""
+        added, known = np.zeros(len(self.groups)), np.zeros(len(self.groups), bool)
+        mean = 0.0
         for v, labels, places in zip(values, self.strata, self.places, strict=True):
             names = set(labels.tolist())
             for label in names:
                 which = (labels == label) & ~np.isnan(v)
-                total[places[which]] += v[which] / (len(values) * len(names) * which.sum())
+                share, centre = 1 / (len(values) * len(names)), v[which].mean()
+                np.add.at(added, places[which], share * (v[which] - centre) / which.sum())
                 known[places[which]] = True
+                mean += share * centre
         groups = np.asarray(self.groups)
         for group in set(self.groups):
-            total[groups == group] *= len(set(self.groups)) * known[groups == group].sum()
-        return np.where(known, total, np.nan)
+            added[groups == group] *= len(set(self.groups)) * known[groups == group].sum()
+        return np.where(known, mean + added, np.nan)
+
+
+def _pooled(groups: list[str], shared: bool) -> list[str]:
+    """Where tasks share rows, the few that happen to be in a combination of tasks join the largest group: a group needs
+    two rows to have a spread."""
+    counts = Counter(groups)
+    largest = max(counts, key=lambda group: counts[group])
+    return [largest if shared and counts[group] < _FEWEST else group for group in groups]

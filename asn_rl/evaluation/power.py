@@ -65,7 +65,7 @@ class PairedDesign:
     def variance(self, base_rate: float, effect: float) -> float:
         """Of one prompt's difference, where the baseline's mean is `base_rate` and the other arm's is higher by
         `effect`."""
-        v, w = base_rate * (1 - base_rate), (base_rate + effect) * (1 - base_rate - effect)
+        v, w = base_rate * (1 - base_rate), (base_rate + effect) * max(0.0, 1 - base_rate - effect)
         shared = 2 * self.correlation * self.between * math.sqrt(v * w)
         return (self.between + (1 - self.between) / self.samples) * (v + w) - shared
 
@@ -148,13 +148,14 @@ def measured_forecast(
             differences spread most counts.
 
     Returns:
-        None where no arm differs on two prompts or more, so that nothing is known of the spread.
+        None where no arm's differences vary over prompts, so that nothing is known of the spread.
 
     Raises:
         InvalidValue: no prompts.
     """
     _check(prompts, 0.0)
-    spreads = [np.std(known, ddof=1) for column in differences.T if len(known := column[~np.isnan(column)]) >= 2]
+    columns = [column[~np.isnan(column)] for column in differences.T]
+    spreads = [np.std(known, ddof=1) for known in columns if len(known) >= 2 and known.min() < known.max()]
     spread = float(max(spreads, default=0.0))
     if spread == 0:
         return None

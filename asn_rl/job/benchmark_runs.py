@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from asn_rl.backends import load_backend
-from asn_rl.checkpoint import check_compatible, load_policy
+from asn_rl.checkpoint import load_policy
 from asn_rl.data.benchmark import Benchmark, benchmark_prompts, load_benchmark
-from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError
+from asn_rl.errors import AsnError, ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.evaluation.metrics import METRICS
 from asn_rl.job.config import DISTILLED, RL
 from asn_rl.job.job import Job
-from asn_rl.job.servers import generate_on_servers
+from asn_rl.job.servers import generate_on_servers, publish_arms
 from asn_rl.labelling import generate as generating
 from asn_rl.labelling import labels as labelling
 from asn_rl.labelling.grid import Grid
@@ -49,6 +49,8 @@ class Task:
     backend: LogitsBackend
     rollout: RolloutConfig
     folder: Path
+    served: Mapping[str, str] | None = None
+    """names of the arms on the servers that complete the prompts; null: this process does"""
     after: Task | None = None
     """the turn before, of a conversation"""
 
@@ -78,16 +80,10 @@ def learned_arms(job: Job) -> list[Arm]:
         name: [Path(f) for f in given] for name, given in job.config.evaluate.policies.items()
     }
     named |= {name: [folder] for name, folder in own.items() if folder.exists() and name not in named}
-    size = {"head": job.config.rollout.head, "tail": job.config.rollout.tail}
     arms = []
     for name, folders in named.items():
         for i, folder in enumerate(folders):
-            spec = check_compatible(folder, fingerprint=job.backend.fingerprint)
-            if spec.sketch not in (None, size):
-                raise CheckpointError(
-                    f"the policy in {folder} was trained on sketches of {spec.sketch}, rollout asks for {size}; set "
-                    "rollout.head and rollout.tail to its own"
-                )
+            job.check_policy(folder)
             arms.append(Arm(seed_name(name, i) if len(folders) > 1 else name, load_policy(folder)))
     return arms
 
@@ -96,8 +92,10 @@ def seed_name(name: str, seed: int) -> str:
     return f"{name} {seed}"
 
 
-def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
+def prepared(job: Job, arms: Sequence[Arm]) -> tuple[list[Task], dict[str, str]]:
     """The benchmarks that can be run, and why the others cannot: known before hours of generation."""
+    servers = job.config.generate.servers
+    served = publish_arms(job, servers, arms) if servers is not None and servers.policies is not None else None
     ready: list[Task] = []
     left_out: dict[str, str] = {}
     for name in job.config.evaluate.tasks:
@@ -105,7 +103,7 @@ def prepared(job: Job) -> tuple[list[Task], dict[str, str]]:
             benchmark = load_benchmark(name)
             if benchmark.name in (task.benchmark.name for task in ready):
                 raise ConfigError(f"two of evaluate.tasks are called {benchmark.name!r}; give yours another name")
-            turns = _turns(job, benchmark)
+            turns = _turns(job, benchmark, served)
             _check_installed(job, turns[0])
             ready += turns
         except AsnError as error:
@@ -152,9 +150,9 @@ def _verifiers(benchmark: Benchmark) -> list[RewardConfig]:
     return [RewardConfig(v.function, arguments=dict(v.arguments)) for v in benchmark.verifiers]
 
 
-def _turns(job: Job, benchmark: Benchmark) -> list[Task]:
+def _turns(job: Job, benchmark: Benchmark, served: Mapping[str, str] | None) -> list[Task]:
     """The benchmark, and for each follow-up a task that goes on after the one before."""
-    tasks = [_task(job, benchmark)]
+    tasks = [replace(_task(job, benchmark), served=served)]
     for turn in range(2, 2 + len(benchmark.prompt.follow_ups)):
         name = f"{benchmark.name} turn {turn}"
         task = replace(tasks[-1], name=name, folder=tasks[0].folder.with_name(name), after=tasks[-1])
@@ -250,12 +248,13 @@ def _completed(job: Job, task: Task, name: str, prompts: list[Prompt], arms: Seq
     grid = Grid(tuple(p.id for p in prompts), tuple(arm.name for arm in arms), job.config.evaluate.seeds)
     store, by_id = CandidateStore(grid, folder), {prompt.id: prompt for prompt in prompts}
     earlier = _completed(job, task.after, name, prompts, arms) if task.after else None
-    servers = job.config.generate.servers
-    if servers is not None and servers.policies is not None:
-        generate_on_servers(job, servers, store, by_id, arms, task.backend, task.rollout, earlier)
+    fixed, servers = [arm.name for arm in arms if arm.deterministic], job.config.generate.servers
+    if task.served is not None and servers is not None:
+        generate_on_servers(
+            servers, store, by_id, task.backend, task.rollout, fixed, served=task.served, earlier=earlier
+        )
     else:
         policies = {arm.name: arm.policy for arm in arms}
-        fixed = [arm.name for arm in arms if arm.deterministic]
         source = generating.InProcess(task.backend, policies, by_id, task.rollout, fixed, earlier)
         generating.generate(store, source, folder)
     return CandidateStore(grid, folder)

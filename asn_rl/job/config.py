@@ -89,7 +89,8 @@ class GenerationServers:
     """name under which they serve the base model; needed by openai"""
     policies: str | None = None
     """folder of policies that they were started with (`asn_rl.serving`): every rule and policy is written there and
-    asked for by name, and evaluations ask the servers, too; null: the servers' own sampling, for the rules it has"""
+    asked for by name, and evaluations ask the servers, too. Rules that read the generated text count as many of its
+    tokens as the servers' --tracked says. null: the servers' own sampling, for the rules it has"""
     router: bool = False
     """the addresses are those of SGLang's router"""
 
@@ -173,6 +174,9 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "prompts", "num_generations")
+        check_at_least(self, 0, "margin")
+        if not 0 <= self.cut < 0.5:
+            raise InvalidValue("cut", self.cut, "in [0, 0.5)")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def evaluate(job: Job) -> Record:
     arms = [*job.static_rules.values(), *learned_arms(job)]
     if config.reference is not None and config.reference not in (arm.name for arm in arms):
         raise UnknownName("evaluate.reference", config.reference, [arm.name for arm in arms])
-    ready, left_out = prepared(job)
+    ready, left_out = prepared(job, arms)
     tasks = done["tasks"]
     for task in ready:
         if task.name in tasks:
@@ -185,8 +185,11 @@ def _detectable(
     """What comparing `arms` with the best rule can show, from (P, A) values on the selection split."""
     prompts, base = len(task.prompts["test"]), float(np.nanmean(values[:, best]))
     plain = PairedDesign(samples=samples.samples, comparisons=max(1, arms - 1), level=job.config.evaluate.level)
-    if primary == "win_rate" and job.config.evaluate.reference is None:  # then it is the best rule, a tie with itself
+    reference = job.config.evaluate.reference
+    if primary == "win_rate" and reference is None:  # then it is the best rule, a tie with itself
         return measured_forecast(prompts, 0.5, values - 0.5, plain)
+    if primary == "win_rate" and reference not in samples.arms:  # rules have not met it yet
+        return None
     if primary != "accuracy":
         return measured_forecast(prompts, base, values - values[:, [best]], plain)
     base_rate = float(np.clip(base, 0.001, 0.999))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from asn_rl.checkpoint import check_compatible, load_policy, save_policy
+from asn_rl.checkpoint import CONFIG, load_policy, save_policy
 from asn_rl.data.sampler import PromptSampler
 from asn_rl.errors import InvalidValue, UnknownName
 from asn_rl.evaluation.context_range import context_limits, outside_share
@@ -33,15 +33,17 @@ def guard(
         tokens that the rule answers.
 
     Raises:
-        CheckpointError: no policy, or one of another base model.
+        CheckpointError: no policy, or one of another base model or sketch size.
         UnknownName: no such rule.
-        InvalidValue: `output` is the candidate's folder.
+        InvalidValue: `output` is the candidate's folder, or a folder that holds something else than a policy.
     """
     parallel.main_alone()
     candidate, output = Path(candidate or job.run / "policy"), Path(output or job.run / "guarded")
-    if candidate.resolve() == output.resolve():
-        raise InvalidValue("output", str(output), "another folder than the candidate's")
-    check_compatible(candidate, fingerprint=job.backend.fingerprint)
+    _check_output(output, candidate)
+    job.check_policy(candidate)
+    cls = load_attribute(job.config.guard.policy)
+    if not hasattr(cls, "around"):
+        raise InvalidValue("guard.policy", job.config.guard.policy, "a class with around(folder, processors, limits)")
     declared = job.heuristics if job.config.heuristics or job.config.grid else []
     processors = {GREEDY: [{"name": GREEDY}], BASE: [], **{spec.name: spec.processors for spec in declared}}
     name = rule or select(job)["best_static"]
@@ -53,8 +55,7 @@ def guard(
     policy, count = load_policy(candidate), config.num_generations
     met = rollout(policy, job.backend, prompts, job.config.rollout, num_generations=count, seed=config.seed)
     limits = context_limits(met, config.cut, config.margin)
-    guarded = load_attribute(config.policy).around(candidate, processors[name], limits)
-    save_policy(output, guarded, **job.metadata)
+    save_policy(output, cls.around(candidate, processors[name], limits), **job.metadata)
     outside = outside_share(met, limits)
     console.print(
         f"{output}: the policy in {candidate}, and {name} where the context leaves what {len(met)} completions of "
@@ -62,3 +63,11 @@ def guard(
         highlight=False,
     )
     return {"folder": str(output), "rule": name, "limits": limits, "outside": outside}
+
+
+def _check_output(output: Path, candidate: Path) -> None:
+    """What is there is replaced as a whole: only a policy may be, and not the candidate."""
+    if output.exists() and not (output / CONFIG).is_file():
+        raise InvalidValue("output", str(output), "a new folder, or one that holds a policy", "it would be replaced")
+    if output.resolve() in (candidate.resolve(), *candidate.resolve().parents):
+        raise InvalidValue("output", str(output), "another folder than the candidate's")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from asn_rl.backends import load_backend
+from asn_rl.checkpoint import check_compatible
 from asn_rl.data import load_prompts
 from asn_rl.data.sampler import PromptSampler
-from asn_rl.errors import ConfigError, DataError
+from asn_rl.errors import CheckpointError, ConfigError, DataError
 from asn_rl.evaluation.comparison import Arm
 from asn_rl.job.config import HeuristicSpec, JobConfig, check_heuristic_names
 from asn_rl.protocols import LogitsBackend, TrainablePolicy
@@ -152,6 +153,15 @@ class Job:
             own = [{"name": spec.name, "processors": spec.processors} for spec in self.heuristics]
             arguments.setdefault("strategies", own)
         return arguments
+
+    def check_policy(self, folder: str | Path) -> None:
+        """`CheckpointError` where a folder holds no policy, or one of another base model or sketch size."""
+        spec, size = check_compatible(folder, fingerprint=self.backend.fingerprint), self.metadata["sketch"]
+        if spec.sketch not in (None, size):
+            raise CheckpointError(
+                f"the policy in {folder} was trained on sketches of {spec.sketch}, rollout asks for {size}; set "
+                "rollout.head and rollout.tail to its own"
+            )
 
     @property
     def metadata(self) -> dict[str, Any]:

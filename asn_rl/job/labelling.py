@@ -15,7 +15,7 @@ from asn_rl.errors import ConfigError, DataError, UnknownName
 from asn_rl.evaluation.comparison import by_stratum
 from asn_rl.evaluation.statistics import masked_mean, split_half_oracle, stratified_mean
 from asn_rl.job.job import Job
-from asn_rl.job.servers import generate_on_servers
+from asn_rl.job.servers import generate_on_servers, publish_arms
 from asn_rl.labelling import generate as generating
 from asn_rl.labelling import labels as labelling
 from asn_rl.labelling import select as selecting
@@ -67,14 +67,19 @@ def generate(job: Job) -> dict[str, CandidateStore]:
 
 
 def _generate(job: Job, candidates: CandidateStore, by_id: dict[str, Prompt]) -> None:
-    if job.config.generate.servers is not None:
-        servers, limits = job.config.generate.servers, job.config.rollout
-        return generate_on_servers(job, servers, candidates, by_id, job.arms, job.backend, limits)
-    policies = {arm.name: arm.policy for arm in job.arms}
+    servers, limits = job.config.generate.servers, job.config.rollout
     fixed = [arm.name for arm in job.arms if arm.deterministic]
-    source = generating.InProcess(job.backend, policies, by_id, job.config.rollout, fixed)
-    generating.generate(candidates, source, candidates.folder)
-    return None
+    if servers is None:
+        policies = {arm.name: arm.policy for arm in job.arms}
+        source = generating.InProcess(job.backend, policies, by_id, limits, fixed)
+        generating.generate(candidates, source, candidates.folder)
+    elif servers.policies is not None:
+        served = publish_arms(job, servers, job.arms)
+        generate_on_servers(servers, candidates, by_id, job.backend, limits, fixed, served=served)
+    else:
+        processors = {spec.name: spec.processors for spec in job.heuristics}
+        backend = None if servers.kind == "openai" else job.backend
+        generate_on_servers(servers, candidates, by_id, backend, limits, fixed, processors=processors)
 
 
 def verify(job: Job) -> dict[str, Verification]:

@@ -26,39 +26,41 @@ from asn_rl.types import Prompt
 
 
 def generate_on_servers(
-    job: Job,
     servers: GenerationServers,
     candidates: CandidateStore,
     prompts: Mapping[str, Prompt],
-    arms: Sequence[Arm],
-    backend: LogitsBackend,
+    backend: LogitsBackend | None,
     rollout: RolloutConfig,
+    deterministic: Sequence[str],
+    *,
+    processors: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    served: Mapping[str, str] | None = None,
     earlier: CandidateStore | None = None,
 ) -> None:
     """Complete what is missing in a store.
 
     Args:
         prompts: by id.
-        arms: what the store's heuristics name.
-        backend: renders prompts, unless the servers do (kind openai).
+        backend: renders prompts; None with kind openai, whose servers do.
         rollout: token budget and stop strings.
+        deterministic: heuristics that give every seed the same text.
+        processors: steps of the heuristics that the servers' own sampling expresses.
+        served: names on the servers of the others (`publish_arms`).
         earlier: candidates of the turn before, of a conversation.
 
     Raises:
         BackendError: cells that no server completed; the others are there.
-        InvalidValue: a policy that reads what no engine hands over, or no folder of policies.
     """
     options: dict[str, Any] = {}
-    if servers.kind != "openai":
+    if backend is not None:
         options = {"encode": backend.encode, "decode": backend.decode, "eos_token_ids": backend.eos_token_ids}
-    served: dict[str, str] = {}
-    if servers.policies is not None:
-        served = {arm.name: publish(arm.name, arm.policy, Path(servers.policies), job.metadata) for arm in arms}
+    if served:
         options["with_policy"] = WITH_POLICY["router" if servers.router else servers.kind]
-    processors = {} if served else {spec.name: spec.processors for spec in job.heuristics}
-    fixed = [arm.name for arm in arms if arm.deterministic]
+    tokens = rollout.max_new_tokens
     with ServerGenerator(servers.pool, servers.kind, model=servers.model, stop=rollout.stop, **options) as generator:
-        source = generating.FromServers(generator, processors, served, prompts, rollout.max_new_tokens, fixed, earlier)
+        source = generating.FromServers(
+            generator, processors or {}, served or {}, prompts, tokens, deterministic, earlier
+        )
         left_out = generating.generate(candidates, source, candidates.folder)
     if left_out:
         counts, examples = source.failures.most_common(), source.examples
@@ -67,6 +69,12 @@ def generate_on_servers(
             f"{left_out} of {candidates.grid.size} cells could not be generated ({reasons}). What was generated is "
             "kept; the same command tries the others again"
         )
+
+
+def publish_arms(job: Job, servers: GenerationServers, arms: Sequence[Arm]) -> dict[str, str]:
+    """Every arm's name on the servers, in whose folder it is; see `publish`."""
+    assert servers.policies is not None
+    return {arm.name: publish(arm.name, arm.policy, Path(servers.policies), job.metadata) for arm in arms}
 
 
 def publish(name: str, policy: Policy, folder: Path, metadata: Mapping[str, Any]) -> str:

@@ -225,6 +225,48 @@ def test_tasks_that_share_some_rows_have_the_standard_error_of_their_rows():
     assert found["high"] - found["low"] == pytest.approx(2 * 1.645 * error, rel=0.15)
 
 
+def masked_turns(one: np.ndarray, two: np.ndarray) -> Record:
+    """Two tasks that ask the same rows; NaN: masked."""
+    made = {**record(), "tasks": {"one": record()["tasks"]["sums"], "two": record()["tasks"]["sums"]}}
+    for name, values in (("one", one), ("two", two)):
+        made["tasks"][name]["family"] = "sums"
+        made["tasks"][name]["arms"]["rl"]["values"] = [None if np.isnan(v) else v for v in values.tolist()]
+        made["tasks"][name]["arms"]["greedy"]["values"] = [0.0] * len(values)
+    return made
+
+
+def test_what_is_masked_in_one_of_several_tasks_adds_no_noise():
+    generator = np.random.default_rng(8)
+    shared = generator.normal(1.0, 0.2, 60)
+    one, two = shared, shared + generator.normal(1.0, 0.1, 60)
+    two[generator.random(60) < 0.5] = NAN
+    row = next(row for row in leaderboard(masked_turns(one, two)) if row["arm"] == "rl")
+    drawn = generator.integers(60, size=(4000, 60))
+    direct = np.quantile((one[drawn].mean(1) + np.nanmean(two[drawn], 1)) / 2, [0.05, 0.95])
+    for key in ("overall", "difference"):
+        assert row[key]["mean"] == pytest.approx((one.mean() + np.nanmean(two)) / 2)
+    assert [row["overall"]["low"], row["overall"]["high"]] == pytest.approx(direct, abs=0.01)
+    alike = leaderboard(masked_turns(np.ones(60), np.where(np.isnan(two), NAN, 1.0)))
+    constant = next(row for row in alike if row["arm"] == "rl")
+    assert constant["overall"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert constant["difference"]["low"] is None  # without spread nothing can be claimed
+
+
+def test_one_shared_row_takes_no_comparison_away():
+    made = masked_turns(np.random.default_rng(1).normal(1, 0.1, 60), np.random.default_rng(2).normal(1, 0.1, 60))
+    made["tasks"]["two"]["prompts"] = ["p0", *(f"sums/other/{i}" for i in range(59))]
+    row = next(row for row in leaderboard(made) if row["arm"] == "rl")
+    assert row["difference"]["low"] > 0.9
+
+
+def test_ids_of_tasks_without_a_family_are_taken_whole():
+    made = {**record(), "tasks": {"sums": record()["tasks"]["sums"]}}
+    half = made["tasks"]["sums"]
+    half["prompts"] = [f"{kind}/{i}" for i in range(30) for kind in "xy"]
+    half["arms"]["rl"]["values"] = [1.0, 0.0] * 30
+    assert next(row for row in leaderboard(made) if row["arm"] == "rl")["overall"]["mean"] == pytest.approx(0.5)
+
+
 def test_a_leaderboard_of_one_task_is_that_task():
     made = {**record(), "tasks": {"sums": record()["tasks"]["sums"]}}
     row = leaderboard(made)[0]

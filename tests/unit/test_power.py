@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
@@ -62,6 +62,7 @@ def test_the_worst_case_is_that_of_unpaired_single_answers():
 
 
 @settings(max_examples=60, deadline=None)
+@example(prompts=30, base=0.37872647095777034, samples=1, between=0.0, correlation=0.0)  # 1 - base + base > 1
 @given(
     prompts=st.integers(30, 3000),
     base=st.floats(0.05, 0.7),
@@ -127,6 +128,7 @@ def test_a_measured_spread_promises_the_power_that_it_delivers():
 def test_where_arms_do_not_differ_nothing_is_known_of_the_spread():
     alike = np.array([[0.0, np.nan, 1.0], [0.0, np.nan, np.nan], [0.0, 3.0, np.nan]])
     assert measured_forecast(10, 0.5, alike, PairedDesign()) is None
+    assert measured_forecast(10, 0.5, np.full((20, 1), 1 / 6), PairedDesign()) is None
     with pytest.raises(InvalidValue, match="prompts"):
         measured_forecast(0, 0.5, alike, PairedDesign())
 

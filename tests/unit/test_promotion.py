@@ -24,6 +24,7 @@ from asn_rl.errors import AsnError, CheckpointError, ConfigError, DataError, Inv
 from asn_rl.evaluation.context_range import outside_share
 from asn_rl.evaluation.promotion import Decision, PromotionConfig, minimum_detectable_effect, promotion_test
 from asn_rl.job import HeuristicSpec, Job, JobConfig, guard, promotion
+from asn_rl.job.config import GuardConfig
 from asn_rl.job.promotion import decided_on, folder_digest, promote
 from asn_rl.rewards.compose import RewardConfig
 from asn_rl.rollout import RolloutConfig, rollout
@@ -268,6 +269,17 @@ def test_a_guarded_candidate_is_the_rule_where_training_prompts_show_nothing(job
         guard(job, candidate=candidate, rule="greedy", output=candidate)
     with pytest.raises(CheckpointError, match="holds no policy"):
         guard(job, rule="greedy")
+    for output in (job.run, tmp_path):  # `save_policy` would replace them
+        with pytest.raises(InvalidValue, match="a new folder, or one that holds a policy"):
+            guard(job, candidate=candidate, rule="greedy", output=output)
+    coarse = saved(tmp_path / "coarse", [], sketch={"head": 8, "tail": 4})
+    with pytest.raises(CheckpointError, match="trained on sketches of"):
+        guard(job, candidate=coarse, rule="greedy")
+    with pytest.raises(InvalidValue, match=r"cut must be in \[0, 0.5\), got 0.7"):
+        GuardConfig(cut=0.7)
+    other = Job(dataclasses.replace(job.config, guard=GuardConfig("asn_policies:Pipeline")), tmp_path / "other")
+    with pytest.raises(InvalidValue, match="a class with around"):
+        guard(other, candidate=candidate, rule="greedy")
 
 
 def test_the_forecast_is_written_before_the_candidate_generates(
