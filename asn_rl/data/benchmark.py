@@ -105,7 +105,7 @@ class Benchmark:
     """the first one's score is the benchmark's; none: only metrics of the texts apply"""
     metrics: tuple[str, ...] = ("accuracy",)
     """what to report, as in `asn_rl.evaluation.metrics`, without the number of samples: accuracy, pass, distinct_2"""
-    answers: Literal["number", "marked", "text"] | None = None
+    answers: Literal["number", "marked", "text", "exact"] | None = None
     """how answers are told apart where a majority of completions is taken, as in `asn_rl.evaluation.voting`; null: they
     cannot be"""
     stop: tuple[str, ...] = ()

@@ -45,11 +45,12 @@ ANSWER_KEYS: dict[str, AnswerKey] = {
     "number": last_number,
     "marked": marked,
     "text": lambda text: normalised(text) or None,
+    "exact": lambda text: text.strip() or None,
 }
 """`number`: the last number ("15." and "It is 15.0" agree, a text without one is masked; not for formulas, of which it
 sees no more); `marked`: the answer in the last box, or after "the answer is" (one that only looks different is the
 same, one that is only equal is not; a text that marks none is masked); `text`: the whole text up to case, spaces and
-surrounding punctuation (an empty one is masked)"""
+surrounding punctuation (an empty one is masked); `exact`: the whole text, spaces around it aside (likewise)"""
 
 
 def read_answers(completions: Sequence[Any], terminated: Sequence[bool], key: AnswerKey) -> list[Answer]:

@@ -44,6 +44,16 @@ def test_texts_are_compared_without_case_and_punctuation():
     assert found == ["paris", "paris", "rome", None]
 
 
+def test_where_every_character_counts_the_vote_is_right_where_the_answer_is():
+    """CRUXEval: the value 'ab' is neither 'AB' nor "ab"."""
+    benchmark, gold = load_benchmark("cruxeval"), " 'ab'"
+    assert benchmark.answers == "exact"
+    texts = [gold, "'ab'", "'AB'", '"ab"', "ab", "  "]
+    scores = np.array([[[float(text.strip() == "'ab'") for text in texts]]])
+    codes = answer_codes([[texts]], scores, np.zeros_like(scores), benchmark.answers, [gold])
+    assert codes.tolist() == [[[0, 0, 1, 2, 3, -1]]]
+
+
 def test_formulas_are_told_apart_and_looks_are_not():
     key = ANSWER_KEYS["marked"]
     same = [
