@@ -146,3 +146,25 @@ def test_a_job_generates_from_servers_and_names_what_is_missing(tmp_path: Path) 
         assert "(6 cells: status, such as" in str(error.value)
         assert 'status 422: {"error": "never"})' in str(error.value)
         assert len(verify(refused)["selection"].missing) == 6
+
+
+def test_servers_that_render_prompts_themselves_need_no_base_model_here(tmp_path: Path) -> None:
+    def chat(payload: dict[str, Any]) -> Reply:
+        choice = {"message": {"content": payload["messages"][0]["content"]}, "finish_reason": "stop"}
+        return 200, {"choices": [choice]}
+
+    rows = [
+        f'{{"prompt": "{p.content}", "split": "{s}"}}' for p, s in zip(PROMPTS, ("train", "selection"), strict=False)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    with LocalServer(chat) as server:
+        servers = {"kind": "openai", "model": "m", "pool": {"urls": [server.url]}}
+        config = from_dict(JobConfig, {
+            "backend": {"model": "nobody/has-this-model"},
+            "data": {"source": "jsonl", "arguments": {"path": str(tmp_path / "prompts.jsonl")}},
+            "rewards": [{"function": "length_budget", "arguments": {"budget": 3}}],
+            "heuristics": [{"name": "base", "processors": []}],
+            "generate": {"num_generations": 2, "servers": servers},
+        })  # fmt: skip
+        generate(Job(config, tmp_path / "run"))
+        assert len(server.payloads) == 4
